@@ -1,0 +1,1 @@
+"""Machines, not maths: Ray, preflight, run folders, lineage, tracking."""

@@ -1,0 +1,85 @@
+"""Join a running Ray, or start one here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.errors import PreflightRefused, Problem
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+# For the driver and, through the runtime environment, for every worker.
+QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "true",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@contextmanager
+def ray_session(address: str | None, object_store_mb: int) -> Iterator[None]:
+    """Ray for as long as the block lasts: the cluster at `address` or RAY_ADDRESS, else a local one that ends with it.
+
+    On a cluster the code travels with the job (`ray job submit --working-dir .`); here workers find it by path.
+    """
+    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    for name in ("ray", "ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        _connect(address, object_store_mb)
+    except ConnectionError as error:
+        raise PreflightRefused(
+            Problem(f"no Ray cluster at {address}: {error}", "start it, or unset cluster.address and RAY_ADDRESS")
+        ) from None
+    _quieten_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, object_store_mb: int) -> None:
+    import ray
+
+    environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path()}}
+    common = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **common)
+    else:
+        ray.init(num_cpus=usable_cpus(), include_dashboard=False, object_store_memory=object_store_mb << 20, **common)
+
+
+def _python_path() -> str:
+    inherited = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join(part for part in (str(CHECKOUT), inherited) if part)
+
+
+def _quieten_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def expected_resources(address: str | None) -> dict[str, float] | None:
+    """CPUs and GPUs that a local Ray will have; None for a cluster, which only answers once joined."""
+    if address or os.environ.get("RAY_ADDRESS"):
+        return None
+    return {"CPU": float(usable_cpus()), "GPU": 0.0}

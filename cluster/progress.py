@@ -1,0 +1,52 @@
+"""Progress bars in a terminal; a line now and then where nobody watches a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0
+
+console = Console(stderr=True)
+
+# Says how far the work is: (done so far, a short text beside the bar).
+Report = Callable[[float, str], None]
+
+
+@contextmanager
+def progress(title: str, total: float, unit: str) -> Iterator[Report]:
+    """A bar titled `title` over `total` units, until the block ends."""
+    with _bar(title, total, unit) if console.is_terminal else _lines(title, total, unit) as report:
+        yield report
+
+
+@contextmanager
+def _bar(title: str, total: float, unit: str) -> Iterator[Report]:
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit} {{task.fields[note]}}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(title, total=total, note="")
+        yield lambda done, note="": bars.update(task, completed=done, note=note)
+
+
+@contextmanager
+def _lines(title: str, total: float, unit: str) -> Iterator[Report]:
+    last = time.monotonic()
+
+    def report(done: float, note: str = "") -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_EVERY_S:
+            last = time.monotonic()
+            console.print(f"{title}: {done:,.0f} of {total:,.0f} {unit} {note}".rstrip(), highlight=False)
+
+    yield report

@@ -1,0 +1,1 @@
+"""The model in plain torch: nothing here imports Ray."""

@@ -1,0 +1,160 @@
+"""Checkpoints: an ordinary Hugging Face model beside the training state, whole or not there.
+
+    checkpoints/step-00000120/model/                     what `from_pretrained` loads
+    checkpoints/step-00000120/state-00-of-02.safetensors a rank's fp32 weights and moments, as fragments
+    checkpoints/step-00000120/manifest.json              step, tokenizer fingerprint, SHA-256 of every file
+    checkpoints/latest.json                              the newest one, written last
+
+A checkpoint is filled under another name, hashed, renamed, and only then pointed to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from llm.files import hash_file, write_json
+from llm.zero import Fragment
+
+log = logging.getLogger("headwater")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole: every file is there with the hash that its manifest names."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken; the next one to take has this number, counted from 0."""
+        return int(self.manifest["step"])
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`. A damaged one is named in the log and the one before it is used."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return Checkpoint(path, verify(path))
+        except ValueError as error:
+            log.warning("checkpoint %s is damaged and is passed over: %s", path, error)
+    return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`. ValueError names the first file that is missing or altered."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"manifest.json: {error}") from None
+    for name, expected in manifest["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if hash_file(path / name) != expected:
+            raise ValueError(f"{name} has another SHA-256 than when it was written")
+    return manifest
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    rank: int,
+    world: int,
+    fragments: Iterable[Fragment],
+    save_model: Callable[[Path], None],
+    barrier: Callable[[], None],
+    facts: dict[str, Any],
+) -> None:
+    """Write checkpoint `step`. Collective: every rank calls it, and none returns before its own part is on disk.
+
+    `save_model(path)` writes the Hugging Face folder on rank 0; `facts` go into the manifest.
+    """
+    partial = folder / f".partial-step-{step:08d}"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    save_state(partial / f"state-{rank:02d}-of-{world:02d}.safetensors", fragments)
+    barrier()
+    if rank == 0:
+        save_model(partial / "model")
+        _publish(partial, folder / f"step-{step:08d}", {"step": step, "world": world, **facts})
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    files = {path.relative_to(partial).as_posix(): hash_file(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+    write_json(partial / "manifest.json", {**manifest, "files": files})
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    write_json(final.parent / "latest.json", {"checkpoint": final.name, "step": manifest["step"]})
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and whatever a killed process left half-written."""
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(path)
+    for path in folder.glob(".partial-step-*"):
+        shutil.rmtree(path)
+
+
+def save_state(path: Path, fragments: Iterable[Fragment]) -> None:
+    """Write a rank's fragments to one safetensors file; where each begins stands in the file's metadata."""
+    tensors, starts = {}, {}
+    for fragment in fragments:
+        starts[fragment.name] = fragment.start
+        tensors.update({f"{fragment.name}/{kind}": tensor.clone() for kind, tensor in fragment.tensors.items()})
+    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+
+
+def restore_state(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
+    """Fill this rank's fragments from a checkpoint, whatever number of ranks wrote it. ValueError names a gap."""
+    files = [_StateFile(path) for path in sorted(checkpoint.path.glob("state-*.safetensors"))]
+    for fragment in fragments:
+        filled = sum(file.copy_into(fragment) for file in files)
+        if filled != fragment.numel:
+            raise ValueError(
+                f"{checkpoint.path} holds {filled} of the {fragment.numel} values of '{fragment.name}' from "
+                f"{fragment.start} on: it was written for another model"
+            )
+
+
+class _StateFile:
+    def __init__(self, path: Path):
+        self._file = safe_open(path, framework="pt")
+        self._starts: dict[str, int] = json.loads(self._file.metadata()["starts"])
+
+    def copy_into(self, fragment: Fragment) -> int:
+        """Copy what this file holds of `fragment`; how many values that was."""
+        if fragment.name not in self._starts:
+            return 0
+        saved = {kind: self._file.get_slice(f"{fragment.name}/{kind}") for kind in fragment.tensors}
+        offset = self._starts[fragment.name]
+        begin = max(fragment.start, offset)
+        end = min(fragment.start + fragment.numel, offset + saved["weight"].get_shape()[0])
+        if end <= begin:
+            return 0
+        for kind, tensor in fragment.tensors.items():
+            tensor[begin - fragment.start : end - fragment.start] = saved[kind][begin - offset : end - offset]
+        return end - begin
+
+
+def save_model(folder: Path, model, weights: dict[str, torch.Tensor], tokenizer) -> None:
+    """Write a Hugging Face folder: configuration, safetensors, tokenizer with its chat template."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+

@@ -1,0 +1,66 @@
+"""Token shards: Arrow files of documents as token ids, mapped into memory rather than read.
+
+A shard set is a folder: `shard-*.arrow` (columns `id` and `tokens`, one row a document) and `packing.arrow`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+
+def id_type(vocab_size: int) -> pa.DataType:
+    """The narrowest type that holds every id."""
+    return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+
+
+def write_shard(path: Path, ids: list[str], documents: list[np.ndarray], vocab_size: int) -> None:
+    """Write one shard. `documents[i]` holds the token ids of document `ids[i]`."""
+    values = pa.array(np.concatenate(documents), type=id_type(vocab_size))
+    offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
+    tokens = pa.LargeListArray.from_arrays(pa.array(offsets), values)
+    table = pa.table({"id": pa.array(ids), "tokens": tokens})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_batch(table.combine_chunks().to_batches()[0])
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """An Arrow file as a table over mapped memory."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+class Shards:
+    """All shards of a set as one sequence of documents, in the order of the files' names."""
+
+    def __init__(self, folder: Path):
+        tables = [read_arrow(path) for path in sorted(folder.glob("shard-*.arrow"))]
+        lists = [table.column("tokens").chunk(0) for table in tables]
+        self._values = [part.values.to_numpy() for part in lists]
+        self._offsets = [part.offsets.to_numpy() for part in lists]
+        self._first = np.cumsum([0] + [len(part) for part in lists])
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._first[-1])
+
+    def lengths(self) -> np.ndarray:
+        """Tokens in each document, int64."""
+        return np.concatenate([np.diff(offsets) for offsets in self._offsets] or [np.empty(0, np.int64)])
+
+    def tokens(self, document: int, start: int, length: int) -> np.ndarray:
+        """Ids `start` to `start + length` of a document, without copying."""
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        begin = int(self._offsets[shard][document - self._first[shard]]) + start
+        return self._values[shard][begin : begin + length]
+
+    def flat(self, limit: int) -> np.ndarray:
+        """The first `limit` ids of the set, document after document."""
+        taken, left = [], limit
+        for values in self._values:
+            taken.append(values[:left])
+            left -= len(taken[-1])
+            if left <= 0:
+                break
+        return np.concatenate(taken or [np.empty(0, np.uint16)])

@@ -1,0 +1,120 @@
+"""The tokenizer of a run: byte-level BPE, the special tokens of every objective, one chat template, one fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+MASK = "<|mask|>"
+END_OF_TURN = "<|end|>"
+ROLES = ("system", "user", "assistant", "tool")
+RESERVED = 16
+
+# Their order fixes their ids; a later stage that needs one more takes a reserved id, so no embedding ever moves.
+SPECIAL_TOKENS = (
+    END_OF_TEXT,
+    PAD,
+    MASK,
+    *(f"<|{role}|>" for role in ROLES),
+    END_OF_TURN,
+    "<|tool_call|>",
+    "<|tool_result|>",
+    *(f"<|reserved_{n}|>" for n in range(RESERVED)),
+)
+
+# Each turn is <|role|>content<|end|>. What the assistant says, its <|end|> included, is marked as generated: those
+# tokens alone carry loss in fine-tuning.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}"
+    "{{ raise_exception('unknown role: ' + message['role']) }}"
+    "{%- endif -%}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ message['content'] + '<|end|>' }}{%- endgeneration -%}"
+    "{%- else -%}{{ message['content'] + '<|end|>' }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+def train_tokenizer(texts: Iterable[str] | Iterator[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2) over `texts`.
+
+    `vocab_size` counts everything: 256 bytes, the special tokens and the merges. Any text survives encoding and
+    decoding unchanged, because every byte is a token of its own before the first merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and the special tokens), got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return wrap(tokenizer)
+
+
+def wrap(tokenizer) -> PreTrainedTokenizerFast:
+    """The Hugging Face face of a `tokenizers.Tokenizer` that holds the special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        mask_token=MASK,
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (END_OF_TEXT, PAD, MASK)],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer saved in `folder` (a tokenizer folder or a model folder). ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"no tokenizer.json in {folder}")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of `text` as text: a special token spelt out in it is split like any other characters."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over what decides ids and rendering: vocabulary, merges, splitting, special tokens, chat template."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Truncation and padding are switches that a caller may have left on; they are not part of the vocabulary.
+    decisive = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
+    body = json.dumps([decisive, tokenizer.chat_template], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """How many bytes of text each id stands for; 0 for special tokens. Shape (vocab_size,), int64."""
+    special = set(tokenizer.all_special_ids)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    # In byte-level BPE each character of a piece is one byte, mapped to a printable letter.
+    return np.array([0 if i in special else len(piece) for i, piece in enumerate(pieces)], dtype=np.int64)

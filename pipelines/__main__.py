@@ -1,0 +1,284 @@
+"""The command line: `headwater VERB ...`, the same as `python -m pipelines VERB ...`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import BadInput, HeadwaterError, Problem, Stopped
+from cluster.runs import Run, find_run, runs_root
+
+RUN_HELP = "a run's name or folder"
+MODEL_HELP = "a run's name or folder, or any Hugging Face model folder"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code that scripts rely on."""
+    parser = _parser()
+    chosen, rest = parser.parse_known_args(arguments)
+    _take_settings(parser, chosen, rest)
+    try:
+        chosen.verb(chosen)
+        return 0
+    except HeadwaterError as error:
+        _complain(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain(Stopped("stopped"))
+        return Stopped.exit_code
+
+
+def _take_settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace, rest: list[str]) -> None:
+    """Settings may stand after flags too (`run tiny --to shards name=mine`), where argparse no longer looks for them."""
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(chosen, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        chosen.overrides = [*chosen.overrides, *rest]
+
+
+def _complain(error: HeadwaterError) -> None:
+    print(f"headwater: {error.title}", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  - {problem}", file=sys.stderr)
+
+
+# The verbs
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Drive the stages of a recipe one after another."""
+    from pipelines import report
+    from pipelines.run import execute
+
+    journey = _journey(chosen, chosen.first, chosen.last)
+    if chosen.dry_run:
+        report.show_plan(journey, as_json=chosen.json)
+        return
+    before = [step.stage.name for step in journey.plan() if step.runs] if journey.run.path.exists() else None
+    execute(journey)
+    if before == []:
+        print(f"{journey.run.path}: every stage is done, nothing to do", file=sys.stderr)
+    report.show_run(journey.run, as_json=chosen.json)
+
+
+def one_stage(chosen: argparse.Namespace) -> None:
+    """Run a single stage of a recipe."""
+    chosen.first = chosen.last = chosen.stage
+    run(chosen)
+
+
+def show_report(chosen: argparse.Namespace) -> None:
+    """What a run has made so far."""
+    from pipelines import report
+
+    report.show_run(find_run(chosen.run, runs_root(chosen.runs)), as_json=chosen.json)
+
+
+def complete(chosen: argparse.Namespace) -> None:
+    """Continue a prompt, token by token."""
+    from pipelines.complete import complete as complete_prompt
+
+    complete_prompt(
+        model_folder(chosen.model, runs_root(chosen.runs)),
+        chosen.prompt,
+        params=_sampling(chosen),
+        top=chosen.top,
+        as_json=chosen.json,
+    )
+
+
+def look_tokens(chosen: argparse.Namespace) -> None:
+    """Show how a text splits into tokens."""
+    from pipelines.look import look_tokens as look
+
+    look(tokenizer_folder(chosen.run, runs_root(chosen.runs)), chosen.text, chosen.json)
+
+
+def serve(chosen: argparse.Namespace) -> None:
+    """Deploy a model on Ray Serve until stopped."""
+    from pipelines.service import serve_model
+
+    root = runs_root(chosen.runs)
+    serve_model(
+        model_folder(chosen.model, root),
+        name=chosen.model_name or _model_name(chosen.model),
+        settings=_serve_settings(chosen, root),
+        openings=_openings(chosen.model, root) if chosen.trial else (),
+        trial=chosen.trial,
+    )
+
+
+# What arguments mean
+
+
+def _journey(chosen: argparse.Namespace, first: str, last: str) -> Any:
+    from pipelines.recipe import load_recipe
+    from pipelines.run import Journey
+
+    recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
+    root = chosen.runs or os.environ.get("HEADWATER_RUNS")
+    if os.environ.get("RAY_JOB_ID") and not (root and Path(root).is_absolute()):
+        raise BadInput(
+            Problem(f"a Ray job needs an absolute --runs, got {root!r}", "its working directory is thrown away afterwards")
+        )
+    return Journey(recipe, Run(runs_root(chosen.runs) / recipe.name), first, last, chosen.verify)
+
+
+def model_folder(name_or_path: str, root: Path) -> Path:
+    """The Hugging Face folder that RUN|MODEL means."""
+    direct = Path(name_or_path).expanduser()
+    if (direct / "config.json").is_file():
+        return direct.absolute()
+    found = find_run(name_or_path, root)
+    folder = found.stage("pretrain").path / "model"
+    if found.stage("pretrain").done() is None or not folder.is_dir():
+        raise BadInput(Problem(f"run '{found.name}' has no finished model yet", f"headwater run {found.name}"))
+    return folder
+
+
+def tokenizer_folder(name_or_path: str, root: Path) -> Path:
+    """The tokenizer that RUN|MODEL means; a run has one before it has a model."""
+    direct = Path(name_or_path).expanduser()
+    if (direct / "tokenizer.json").is_file():
+        return direct.absolute()
+    found = find_run(name_or_path, root)
+    if found.stage("tokenizer").done() is None:
+        raise BadInput(Problem(f"run '{found.name}' has no tokenizer yet", f"headwater run {found.name} --to tokenizer"))
+    return found.stage("tokenizer").path / "tokenizer"
+
+
+def _run_recipe(name: str, root: Path) -> Any:
+    from pipelines.recipe import load_recipe
+
+    try:
+        return load_recipe(str(find_run(name, root).path / "recipe.yaml"))
+    except BadInput:
+        return None
+
+
+def _openings(name: str, root: Path) -> tuple[str, ...]:
+    recipe = _run_recipe(name, root)
+    return recipe.openings if recipe else ("Once upon a time",)
+
+
+def _model_name(name_or_path: str) -> str:
+    return Path(name_or_path).expanduser().absolute().name
+
+
+def _serve_settings(chosen: argparse.Namespace, root: Path) -> Any:
+    from pipelines.recipe import ServeSettings
+    from pipelines.settings import check
+
+    recipe = _run_recipe(chosen.model, root)
+    values = (recipe.serve if recipe else ServeSettings()).model_dump()
+    given = {key: getattr(chosen, key) for key in ("host", "port", "replicas") if getattr(chosen, key) is not None}
+    return check(ServeSettings, {**values, **given, "insecure": chosen.insecure}, "the command line")
+
+
+def _sampling(chosen: argparse.Namespace) -> Any:
+    from llm.sampling import SamplingParams
+
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    values = {key: value for key, value in vars(chosen).items() if key in names and value is not None}
+    try:
+        return SamplingParams(**{**values, "stop": tuple(chosen.stop)})
+    except ValueError as error:
+        raise BadInput(Problem(str(error), "see headwater complete --help")) from None
+
+
+# The parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pipelines.run import NAMES
+
+    parser = argparse.ArgumentParser(
+        prog="headwater", description="From raw text to a served language model on Ray: one recipe, one run folder."
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _add_run(verbs, NAMES)
+    for name in NAMES:
+        _add_stage(verbs, name)
+    _add_report(verbs)
+    _add_complete(verbs)
+    _add_serve(verbs)
+    _add_look(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, verb: Any, text: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(verb=verb)
+    parser.add_argument("--runs", metavar="ROOT", help="folder of all runs (HEADWATER_RUNS, else runs/)")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    return parser
+
+
+def _add_run(verbs: Any, names: tuple[str, ...]) -> None:
+    parser = _verb(verbs, "run", run, "run a recipe's stages, skipping what is done and resuming what was cut off")
+    _add_recipe(parser)
+    parser.add_argument("--from", dest="first", choices=names, default=names[0], help="first stage to consider")
+    parser.add_argument("--to", dest="last", choices=names, default=names[-1], help="last stage to consider")
+
+
+def _add_stage(verbs: Any, name: str) -> None:
+    parser = _verb(verbs, name, one_stage, f"run the stage {name} alone")
+    parser.set_defaults(stage=name)
+    _add_recipe(parser)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example name=mine")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as a flag")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run, and why")
+    parser.add_argument("--verify", action="store_true", help="compare a folder's bytes, not names, sizes and times")
+
+
+def _add_report(verbs: Any) -> None:
+    parser = _verb(verbs, "report", show_report, "show what a run has made")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+
+
+def _add_complete(verbs: Any) -> None:
+    parser = _verb(verbs, "complete", complete, "continue a prompt, token by token")
+    parser.add_argument("model", metavar="RUN|MODEL", help=MODEL_HELP)
+    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write, at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens, 0 from all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
+    parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
+    parser.add_argument("--top", type=int, default=0, metavar="N", help="show the N likeliest tokens at each step")
+
+
+def _add_serve(verbs: Any) -> None:
+    parser = _verb(verbs, "serve", serve, "deploy a model on Ray Serve with an OpenAI-compatible API")
+    parser.add_argument("model", metavar="RUN|MODEL", help=MODEL_HELP)
+    parser.add_argument("--host", help="address to listen on (the recipe's serve.host, else 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="TCP port (the recipe's serve.port, else 8000)")
+    parser.add_argument("--replicas", type=int, help="generation replicas (the recipe's serve.replicas, else 1)")
+    parser.add_argument("--model-name", help="name that clients use (the run's)")
+    parser.add_argument("--insecure", action="store_true", help="listen on a public address although there are no keys")
+    parser.add_argument("--trial", action="store_true", help="complete the recipe's openings over HTTP, then stop")
+
+
+def _add_look(verbs: Any) -> None:
+    parser = verbs.add_parser("look", help="look at what a run holds", description="Look at what a run holds.")
+    things = parser.add_subparsers(title="things", required=True, metavar="THING")
+    tokens = _verb(things, "tokens", look_tokens, "how a text splits into tokens, with their ids")
+    tokens.add_argument("run", metavar="RUN|MODEL", help=MODEL_HELP)
+    tokens.add_argument("text", help="the text to split")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Stage 4: token shards to a base model, by next-token prediction.
+
+Ray Data streams rows into DeepSpeed ZeRO under Ray Train. What a table of counts would predict is computed first, so
+that the model's held-out loss has something to stand beside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.errors import BadInput, Problem
+from llm.losses import next_token_nats
+from llm.presets import Preset, build_model, llama_config
+from llm.vocabulary import fingerprint, load_tokenizer
+from pipelines import training
+from pipelines.recipe import Recipe
+from pipelines.stage import Demand, Outcome, Stage, StageRun
+from pipelines.stream import HeldOutRows, RowStream
+
+COUNTED_TOKENS = 20_000_000  # of the training text, for the unigram and bigram tables
+
+
+def run(stage: StageRun) -> Outcome:
+    """Train from the cursor on, export the model, and set its held-out loss beside the baselines'."""
+    import ray
+
+    tokens = stage.input("shards") / "tokens"
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    _same_tokenizer(manifest, stage.input("tokenizer") / "tokenizer")
+    rows = min(stage.recipe.pretrain.held_out_rows, manifest["held_out"]["rows"])
+    baselines = ray.get(ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows))
+    stage.log.info("held-out baselines: unigram %.4f, bigram %.4f nats a token", baselines["unigram"], baselines["bigram"])
+    job = _job(stage, manifest, tokens, rows, baselines["targets"])
+    training.train(job, "pretrain", stage.recipe.pretrain.data_cpus, stage.record)
+    _export(stage.folder.path)
+    return _outcome(stage, manifest, baselines)
+
+
+def _same_tokenizer(manifest: dict[str, Any], folder: Path) -> None:
+    found = fingerprint(load_tokenizer(folder))
+    if found != manifest["tokenizer_fingerprint"]:
+        raise BadInput(
+            Problem(
+                f"the shards were made with tokenizer {manifest['tokenizer_fingerprint'][:12]}, the run has {found[:12]}",
+                "run the shards stage again",
+            )
+        )
+
+
+def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, float]:
+    """Unigram and bigram nats a target on the held-out rows, with how many targets and bytes those are."""
+    from llm.baselines import count, mean_nats
+    from llm.packing import IGNORED, RowReader
+    from llm.shardfile import Shards
+    from llm.vocabulary import token_bytes
+
+    counts = count(Shards(tokens / "train").flat(COUNTED_TOKENS), manifest["vocab_size"])
+    held_out = RowReader(tokens / "held_out", manifest["pad_id"]).read(np.arange(rows))
+    targets = held_out["labels"][:, 1:]
+    targets = targets[targets != IGNORED]
+    lengths = token_bytes(load_tokenizer(tokens.parent.parent / "tokenizer" / "tokenizer"))
+    return {
+        **mean_nats(counts, held_out["input_ids"], held_out["labels"]),
+        "targets": int(targets.size),
+        "bytes": int(lengths[targets].sum()),
+    }
+
+
+def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, targets: int) -> training.Job:
+    recipe = stage.recipe
+    settings = recipe.pretrain
+    tokenizer = stage.input("tokenizer") / "tokenizer"
+    return training.Job(
+        folder=stage.folder.path,
+        settings=settings,
+        build=partial(build, recipe.model.shape, tokenizer, recipe.seed),
+        objective=next_token_objective,
+        tokenizer=tokenizer,
+        stream=RowStream(
+            folder=str(tokens / "train"),
+            pad_id=manifest["pad_id"],
+            global_batch=settings.global_batch,
+            workers=settings.workers,
+            first_step=0,
+            last_step=settings.steps,
+            seed=recipe.seed,
+        ),
+        held_out=HeldOutRows(
+            folder=str(tokens / "held_out"),
+            pad_id=manifest["pad_id"],
+            global_batch=settings.forward_rows * settings.workers,
+            workers=settings.workers,
+            first_step=0,
+            last_step=math.ceil(rows / (settings.forward_rows * settings.workers)),
+            seed=0,
+            num_rows=rows,
+        ),
+        facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": targets},
+    )
+
+
+def build(shape: Preset, tokenizer: Path, seed: int, saved: Path | None) -> torch.nn.Module:
+    """The model as `seed` draws it, or as it was saved."""
+    from transformers import LlamaForCausalLM
+
+    if saved is not None:
+        return LlamaForCausalLM.from_pretrained(saved, local_files_only=True)
+    return build_model(llama_config(shape, load_tokenizer(tokenizer)), seed)
+
+
+def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Next-token loss of packed rows, in nats, summed over targets.
+
+    Positions that begin again at 0 in each piece are what isolates the pieces: transformers derives the mask from them,
+    but only without a cache and without an attention mask.
+    """
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    return next_token_nats(logits, batch["labels"])
+
+
+def _export(folder: Path) -> None:
+    """The newest checkpoint's model as STAGE/model."""
+    newest = training.checkpoints.newest(folder / "checkpoints")
+    assert newest is not None, "training ended without a checkpoint"
+    partial_folder = folder / ".partial-model"
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    shutil.copytree(newest.model, partial_folder)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    partial_folder.rename(folder / "model")
+
+
+def _outcome(stage: StageRun, manifest: dict[str, Any], baselines: dict[str, float]) -> Outcome:
+    records = training.read_lines(stage.folder.path / "metrics.jsonl")
+    loss = training.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"]
+    bits = loss * baselines["targets"] / math.log(2) / baselines["bytes"]
+    per_byte = {name: baselines[name] * baselines["targets"] / math.log(2) / baselines["bytes"] for name in ("unigram", "bigram")}
+    seen = records[-1]["tokens"]
+    parameters = stage.recipe.model.shape.parameters(manifest["vocab_size"])
+    return Outcome(
+        read=f"{seen / 1e6:.2f} M tokens ({seen / manifest['train']['tokens']:.2f} epochs)",
+        wrote=f"base model of {parameters / 1e6:.2f} M parameters",
+        figure=(
+            f"held-out loss {loss:.3f} nats, {bits:.3f} bits a byte "
+            f"(bigram {baselines['bigram']:.3f}, {per_byte['bigram']:.3f}; unigram {baselines['unigram']:.3f}, {per_byte['unigram']:.3f})"
+        ),
+        metrics={
+            "steps": len(records),
+            "tokens": seen,
+            "parameters": parameters,
+            "first_loss": records[0]["loss"],
+            "last_loss": records[-1]["loss"],
+            "held_out_loss": loss,
+            "bits_per_byte": bits,
+            "unigram_loss": baselines["unigram"],
+            "bigram_loss": baselines["bigram"],
+            "unigram_bits_per_byte": per_byte["unigram"],
+            "bigram_bits_per_byte": per_byte["bigram"],
+            "held_out_targets": baselines["targets"],
+            "held_out_bytes": baselines["bytes"],
+        },
+    )
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    return {"seed": recipe.seed, "model": recipe.model.identity(), **recipe.pretrain.identity()}
+
+
+def _demand(recipe: Recipe) -> Demand:
+    settings = recipe.pretrain
+    parameters = recipe.model.shape.parameters(recipe.tokenizer.vocab_size)
+    # A checkpoint holds fp32 weights and two moments (12 bytes a parameter) and the model; one more is being written.
+    checkpoint = parameters * (12 + (4 if settings.dtype == "fp32" else 2))
+    return Demand(
+        cpus=settings.workers * settings.cpus_per_worker + settings.data_cpus,
+        gpus=settings.workers * settings.gpus_per_worker,
+        disk_bytes=checkpoint * (settings.keep_checkpoints + 2),
+    )
+
+
+STAGE = Stage(
+    name="pretrain",
+    version=1,
+    needs=("tokenizer", "shards"),
+    artefacts=("model",),
+    identity=_identity,
+    demand=_demand,
+    run=run,
+)

@@ -1,0 +1,65 @@
+"""What a run would do and what it has done, as tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.runs import Run
+from pipelines.run import NAMES, Journey
+
+
+def show_plan(journey: Journey, as_json: bool) -> None:
+    """The resolved recipe, the stages that would run with the reason, and what they need."""
+    steps = journey.plan()
+    needs = {step.stage.name: step.stage.demand(journey.recipe) for step in steps}
+    resolved = journey.recipe.model_dump(mode="json")
+    if as_json:
+        plan = [
+            {"stage": step.stage.name, "runs": step.runs, "why": step.why, **vars(needs[step.stage.name])} for step in steps
+        ]
+        json.dump({"run": str(journey.run.path), "recipe": resolved, "plan": plan}, sys.stdout, indent=1)
+        print()
+        return
+    print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    table = Table("stage", "runs", "why", "CPUs", "GPUs", "disk", title=f"plan for {journey.run.path}")
+    for step in steps:
+        need = needs[step.stage.name]
+        disk = f"{need.disk_bytes / 1e6:,.0f} MB"
+        table.add_row(step.stage.name, "yes" if step.runs else "no", step.why, f"{need.cpus:g}", f"{need.gpus:g}", disk)
+    Console().print(table)
+
+
+def show_run(run: Run, as_json: bool) -> None:
+    """The stages that are done: what went in, what came out, seconds, the figure that matters; and what to do next."""
+    done = {name: marker for name in NAMES if (marker := run.stage(name).done())}
+    if as_json:
+        json.dump({"run": str(run.path), "stages": done}, sys.stdout, indent=1)
+        print()
+        return
+    Console().print(_table(run, done))
+    print(_next(run, done))
+
+
+def _table(run: Run, done: dict[str, dict[str, Any]]) -> Table:
+    table = Table("stage", "in", "out", "seconds", "figure", title=str(run.path))
+    for name, marker in done.items():
+        table.add_row(name, marker["read"], marker["wrote"], f"{marker['seconds']:.0f}", marker["figure"])
+    return table
+
+
+def _next(run: Run, done: dict[str, Any]) -> str:
+    if NAMES[-1] not in done:
+        return f"next: headwater run {run.name}"
+    return (
+        "what to do next:\n"
+        f"  headwater complete {run.name} 'Once upon a' --top 5   continue a text, with the distribution at each step\n"
+        f"  headwater look tokens {run.name} 'Hello, hello'       how a text splits\n"
+        f"  headwater serve {run.name}                            an OpenAI-compatible API on 127.0.0.1:8000\n"
+        f"  headwater run {run.name} name=mine --set ingest.folder=~/texts   the same from your own text"
+    )

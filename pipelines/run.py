@@ -1,0 +1,275 @@
+"""The journey: which stages have to run and why, then one after another on one Ray."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from cluster.errors import BadInput, HeadwaterError, PreflightRefused, Problem, StageFailed, Stopped
+from cluster.local import CHECKOUT, expected_resources, ray_session
+from cluster.preflight import disk_problems, resource_problems
+from cluster.progress import console
+from cluster.runs import SCHEMA_VERSION, Run, StageFolder, canonical_hash, read_json
+from cluster.tracking import Tracker
+from llm.files import hash_file, write_json
+from pipelines import ingest, pretrain, shards, tokenizer
+from pipelines.recipe import Recipe
+from pipelines.stage import Outcome, Stage, StageRun
+
+STAGES: tuple[Stage, ...] = (ingest.STAGE, tokenizer.STAGE, shards.STAGE, pretrain.STAGE)
+NAMES = tuple(stage.name for stage in STAGES)
+
+log = logging.getLogger("headwater")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in the plan: whether it runs, and why."""
+
+    stage: Stage
+    runs: bool
+    why: str
+
+
+@dataclass
+class Journey:
+    """A recipe, its run folder and what is known of the stages so far."""
+
+    recipe: Recipe
+    run: Run
+    first: str = NAMES[0]
+    last: str = NAMES[-1]
+    verify: bool = False
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def chosen(self) -> list[Stage]:
+        """The stages between --from and --to."""
+        begin, end = NAMES.index(self.first), NAMES.index(self.last)
+        if begin > end:
+            raise BadInput(Problem(f"--from {self.first} comes after --to {self.last}", f"order: {', '.join(NAMES)}"))
+        return list(STAGES[begin : end + 1])
+
+    def plan(self) -> list[Step]:
+        """What would run, in order. A stage whose inputs are about to change runs; it may find them unchanged."""
+        steps: list[Step] = []
+        for stage in self.chosen():
+            rerun = [step.stage.name for step in steps if step.runs and step.stage.name in stage.needs]
+            if rerun:
+                steps.append(Step(stage, True, f"{' and '.join(rerun)} runs"))
+            else:
+                steps.append(self._step(stage))
+        return steps
+
+    def _step(self, stage: Stage) -> Step:
+        folder = self.run.stage(stage.name)
+        key = stage.key(self.recipe, self.inputs(stage))
+        done, state = folder.done(), read_json(folder.path / "state.json")
+        if done and done["key"] == key:
+            return Step(stage, False, "done")
+        if done:
+            return Step(stage, True, f"changed: {', '.join(_changed(done, stage, self.recipe, self.inputs(stage)))}")
+        if state and state["key"] == key:
+            return Step(stage, True, "cut off before, goes on")
+        return Step(stage, True, "not run yet")
+
+    def inputs(self, stage: Stage) -> dict[str, str]:
+        """Fingerprints of what the stage reads. BadInput if an earlier stage has not finished."""
+        found = dict(self._sources(stage))
+        for name in stage.needs:
+            done = self.run.stage(name).done()
+            if done is None:
+                raise BadInput(
+                    Problem(f"{stage.name} needs {name}, which has not finished in {self.run.path}", f"--from {name}")
+                )
+            found[name] = done["fingerprint"]
+        return found
+
+    def _sources(self, stage: Stage) -> dict[str, str]:
+        if stage.name not in self.sources:
+            self.sources[stage.name] = stage.sources(self.recipe, self.verify)
+        return self.sources[stage.name]
+
+
+def execute(journey: Journey) -> list[dict[str, Any]]:
+    """Run what the plan says; the done-markers of all chosen stages, in order."""
+    run = journey.run
+    run.check_schema()
+    with run.locked(), _stoppable():
+        steps = journey.plan()
+        if any(step.runs for step in steps):
+            preflight(journey, [step.stage for step in steps if step.runs])
+            _write_recipe(journey)
+            with _log_file(run), ray_session(journey.recipe.cluster.address, journey.recipe.cluster.object_store_mb):
+                _check_cluster([step.stage for step in steps if step.runs], journey.recipe)
+                for stage in journey.chosen():
+                    run_stage(journey, stage)
+    return [run.stage(stage.name).done() or {} for stage in journey.chosen()]
+
+
+def run_stage(journey: Journey, stage: Stage) -> None:
+    """Run one stage unless its key says that it is done, and record what it was made of."""
+    folder = journey.run.stage(stage.name)
+    inputs = journey.inputs(stage)
+    key = stage.key(journey.recipe, inputs)
+    folder.begin(key)
+    if (done := folder.done()) and done["key"] == key:
+        _write_lineage(journey.run)
+        return
+    console.print(f"[bold]{stage.name}[/bold]")
+    started = time.time()
+    outcome = _tracked(journey, stage, folder)
+    done = {
+        "schema_version": SCHEMA_VERSION,
+        "stage": stage.name,
+        "stage_version": stage.version,
+        "key": key,
+        "fingerprint": stage.fingerprint(folder),
+        "inputs": inputs,
+        "settings": stage.identity(journey.recipe),
+        "code": code_version(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 2),
+        "read": outcome.read,
+        "wrote": outcome.wrote,
+        "figure": outcome.figure,
+        "metrics": outcome.metrics,
+    }
+    folder.finish(done)
+    _write_lineage(journey.run)
+    console.print(f"  {outcome.wrote}; {outcome.figure} ({done['seconds']:.0f} s)", highlight=False)
+
+
+def _tracked(journey: Journey, stage: Stage, folder: StageFolder) -> Outcome:
+    """The stage's work, with W&B beside it."""
+    settings = journey.recipe.wandb
+    tracker = Tracker(
+        journey.run, folder, settings.project if settings.enabled else None, journey.recipe.model_dump(mode="json")
+    )
+    try:
+        outcome = stage.run(StageRun(journey.recipe, journey.run, folder, log, tracker.log))
+    except BaseException as error:
+        tracker.finish({}, exit_code=1)
+        raise _explained(stage, error) from error
+    tracker.finish(outcome.metrics)
+    return outcome
+
+
+def _explained(stage: Stage, error: BaseException) -> BaseException:
+    """The error as the user should see it."""
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped(f"{stage.name}: stopped; what was finished is kept, the same command goes on")
+    if isinstance(error, (HeadwaterError, SystemExit)):
+        return error
+    cause = getattr(error, "cause", None)  # Ray wraps what a task raised
+    if isinstance(cause, HeadwaterError):
+        return cause
+    if "No space left on device" in str(error):
+        return StageFailed(Problem(f"{stage.name}: the disk is full", "free space where the run lies; the same command goes on"))
+    log.error("%s failed", stage.name, exc_info=error)
+    return StageFailed(Problem(f"{stage.name}: {_last_line(error)}", "the whole traceback is in logs/ of the run folder"))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if isinstance(getattr(error, "cause", None), Exception) else f"{type(error).__name__}: {lines[0]}"
+
+
+def preflight(journey: Journey, stages: list[Stage]) -> None:
+    """Refuse, before anything starts and all at once, what cannot finish."""
+    problems = [problem for stage in stages for problem in stage.check(journey.recipe)]
+    if problems:
+        raise BadInput(*problems)
+    local = expected_resources(journey.recipe.cluster.address)
+    if local is not None:
+        problems += _resource_problems(stages, journey.recipe, local)
+    problems += disk_problems(journey.run.path, sum(stage.demand(journey.recipe).disk_bytes for stage in stages))
+    if problems:
+        raise PreflightRefused(*problems)
+
+
+def _resource_problems(stages: list[Stage], recipe: Recipe, available: dict[str, float]) -> list[Problem]:
+    demands = [(stage.name, stage.demand(recipe)) for stage in stages]
+    return [problem for name, need in demands for problem in resource_problems(name, need.cpus, need.gpus, available)]
+
+
+def _check_cluster(stages: list[Stage], recipe: Recipe) -> None:
+    import ray
+
+    problems = _resource_problems(stages, recipe, ray.cluster_resources())
+    if problems:
+        raise PreflightRefused(*problems)
+
+
+def _changed(done: dict[str, Any], stage: Stage, recipe: Recipe, inputs: dict[str, str]) -> list[str]:
+    """Names of what differs from when the stage was done."""
+    pairs = [(done["settings"], stage.identity(recipe)), (done["inputs"], inputs)]
+    names = [name for before, now in pairs for name in {**before, **now} if before.get(name) != now.get(name)]
+    return names or [f"stage version {done['stage_version']} to {stage.version}"]
+
+
+def _write_recipe(journey: Journey) -> None:
+    text = yaml.safe_dump(journey.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (journey.run.path / "recipe.yaml").write_text(text, encoding="utf-8")
+    _write_lineage(journey.run)
+
+
+def _write_lineage(run: Run) -> None:
+    """What every artefact was made of, gathered from the done-markers."""
+    kept = ("key", "fingerprint", "inputs", "settings", "stage_version", "code", "finished")
+    done = {name: run.stage(name).done() for name in NAMES}
+    stages = {name: {key: marker[key] for key in kept} for name, marker in done.items() if marker}
+    write_json(run.lineage, {"schema_version": SCHEMA_VERSION, "run": run.name, "stages": stages})
+
+
+def code_version() -> str:
+    """The checkout's commit; a hash of the source where only the files travelled, as in a Ray job."""
+    try:
+        git = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
+        found = subprocess.run(git, capture_output=True, text=True, timeout=5)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    sources = (path for room in ("cluster", "llm", "pipelines", "serve") for path in (CHECKOUT / room).rglob("*.py"))
+    return "source-" + canonical_hash({str(path.relative_to(CHECKOUT)): hash_file(path) for path in sources})[:12]
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped("stopped; what was finished is kept, the same command goes on") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _log_file(run: Run) -> Iterator[None]:
+    """The command's log, in the run folder."""
+    folder = run.path / "logs"
+    folder.mkdir(exist_ok=True)
+    handler = logging.FileHandler(folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,88 @@
+"""What a stage is: one file of this folder, one verb, one Ray job, between files that other tools read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import Problem
+from cluster.runs import Run, StageFolder, canonical_hash, hash_folder
+from pipelines.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a stage needs at once, checked before it starts."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished stage has to say: two cells of the table, the figure that matters, and numbers for programs."""
+
+    read: str
+    wrote: str
+    figure: str
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage at work: its recipe, the run that it belongs to, its own folder."""
+
+    recipe: Recipe
+    run: Run
+    folder: StageFolder
+    log: logging.Logger
+    record: Callable[[dict[str, Any]], None]  # hands a step's numbers to the dashboards
+
+    def input(self, stage: str) -> Path:
+        """Folder of an earlier stage's artefacts."""
+        return self.run.stage(stage).path
+
+
+def _no_sources(recipe: Recipe, verify: bool) -> dict[str, str]:
+    return {}
+
+
+def _no_problems(recipe: Recipe) -> list[Problem]:
+    return []
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How the driver sees a stage.
+
+    identity: the settings that the result depends on, as JSON values.
+    needs: the stages whose artefacts it reads.
+    artefacts: the folders that it leaves, whose content is its fingerprint.
+    sources: fingerprints of what it reads from outside the run; `verify` hashes bytes.
+    check: problems that can be seen before anything starts.
+    demand: what it needs at once.
+    """
+
+    name: str
+    version: int
+    needs: tuple[str, ...]
+    artefacts: tuple[str, ...]
+    identity: Callable[[Recipe], dict[str, Any]]
+    run: Callable[[StageRun], Outcome]
+    demand: Callable[[Recipe], Demand]
+    check: Callable[[Recipe], list[Problem]] = _no_problems
+    sources: Callable[[Recipe, bool], dict[str, str]] = _no_sources
+
+    def key(self, recipe: Recipe, inputs: dict[str, str]) -> str:
+        """The name of the result: settings, version and what goes in. `inputs` maps names to fingerprints."""
+        return canonical_hash(
+            {"stage": self.name, "version": self.version, "settings": self.identity(recipe), "inputs": inputs}
+        )
+
+    def fingerprint(self, folder: StageFolder) -> str:
+        """Content hash of the stage's artefacts."""
+        return canonical_hash({name: hash_folder(folder.path / name) for name in self.artefacts})

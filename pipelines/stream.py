@@ -1,0 +1,120 @@
+"""The stream: Ray Data reads token shards and hands every training worker its rows, in order, exactly once.
+
+1. Global batch k is a fixed set of rows (`llm.order`); worker r of W takes its r-th part.
+2. A block holds one worker's rows for a span of steps. Blocks come in groups of W, one a worker, all of one size.
+3. `streaming_split(equal=True)` gives each block to the worker with the fewest rows; with order preserved and equal
+   blocks that is worker 0, 1, ..., W-1 in each group. The worker checks every row's step all the same.
+4. The cursor is the step at which the first span begins: the stream is entered there and nothing before it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.data.extensions import ArrowTensorArray
+
+from llm.order import batch_rows
+from llm.packing import RowReader
+
+BLOCK_BYTES = 8 << 20  # of one worker's rows in one span: far below Ray Data's block size, which would be cut
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Rows for steps `first_step` to `last_step` - 1 of a training run over the shard set in `folder`."""
+
+    folder: str
+    pad_id: int
+    global_batch: int
+    workers: int
+    first_step: int
+    last_step: int
+    seed: int
+
+    @property
+    def _reader(self) -> RowReader:
+        return _open(self.folder, self.pad_id, (Path(self.folder) / "packing.arrow").stat().st_mtime_ns)
+
+    def rows_of_batch(self, step: int) -> np.ndarray:
+        """Row ids of a global batch, in the order in which workers take them. An id below 0 is filler."""
+        return batch_rows(step, self.global_batch, self._reader.index.num_rows, self.seed)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Ranges of steps whose rows make a block."""
+        row_bytes = 3 * 4 * self._reader.index.row_tokens
+        length = max(1, min(32, BLOCK_BYTES // (row_bytes * self.global_batch // self.workers)))
+        starts = range(self.first_step, self.last_step, length)
+        return [(start, min(start + length, self.last_step)) for start in starts]
+
+    def block(self, span: tuple[int, int], worker: int) -> pa.Table:
+        """One worker's rows for a span: `step`, `row`, `batch_targets` (targets in the whole global batch), tokens."""
+        batches = [self.rows_of_batch(step) for step in range(*span)]
+        share = self.global_batch // self.workers
+        mine = np.concatenate([rows[worker * share : (worker + 1) * share] for rows in batches])
+        targets = [int(self._reader.index.targets(rows[rows >= 0]).sum()) for rows in batches]
+        tokens = self._reader.read(mine)
+        return pa.table(
+            {
+                "step": np.repeat(np.arange(*span), share),
+                "row": mine,
+                "batch_targets": np.repeat(targets, share),
+                **{name: ArrowTensorArray.from_numpy(values) for name, values in tokens.items()},
+            }
+        )
+
+    def dataset(self, cpus: float) -> ray.data.Dataset:
+        """The stream as a Ray dataset whose tasks claim `cpus` each."""
+        source = _Blocks(self)
+        return ray.data.read_datasource(source, override_num_blocks=source.size, ray_remote_args={"num_cpus": cpus})
+
+
+@dataclass(frozen=True)
+class HeldOutRows(RowStream):
+    """The first `num_rows` rows of a held-out set, in order, filled up with empty rows to whole batches."""
+
+    num_rows: int = 0
+
+    def rows_of_batch(self, step: int) -> np.ndarray:
+        rows = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
+        return np.where(rows < self.num_rows, rows, -1)
+
+
+@lru_cache(maxsize=4)
+def _open(folder: str, pad_id: int, written_ns: int) -> RowReader:
+    """Kept by the process that reads, never sent with a task. `written_ns` tells a set from one that replaced it."""
+    return RowReader(Path(folder), pad_id)
+
+
+class _Blocks(Datasource):
+    """A datasource whose every read task makes one block."""
+
+    def __init__(self, stream: RowStream):
+        self._stream = stream
+        self._parts = [(span, worker) for span in stream.spans() for worker in range(stream.workers)]
+
+    @property
+    def size(self) -> int:
+        return len(self._parts)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism, per_task_row_limit=None, data_context=None) -> list[ReadTask]:
+        return [self._task(span, worker) for span, worker in self._parts]
+
+    def _task(self, span: tuple[int, int], worker: int) -> ReadTask:
+        stream = self._stream
+        rows = (span[1] - span[0]) * stream.global_batch // stream.workers
+
+        def read() -> Iterator[pa.Table]:
+            yield stream.block(span, worker)
+
+        return ReadTask(read, BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None))

@@ -1,0 +1,443 @@
+"""Training under Ray Train and DeepSpeed with exact resume: what pretraining and every later stage share.
+
+On the driver, `train` starts the workers and follows them. In each worker, `work` restores the newest whole
+checkpoint, enters the stream at its step, and goes on as if nothing had happened. Two files follow every step:
+`metrics.jsonl` for people and `ledger.jsonl` for proof, both cut back to the checkpoint on resume.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cluster.errors import Problem, StageFailed, Stopped
+from cluster.progress import console, progress
+from llm import checkpoint as checkpoints
+from llm import zero
+from llm.checkpoint import Checkpoint
+from llm.vocabulary import load_tokenizer
+from pipelines.recipe import TrainingSettings
+from pipelines.stream import HeldOutRows, RowStream
+
+WRITER_WAIT_S = 60.0
+
+# The objective: (model, batch of tensors (B, T)) -> sum of the loss over the batch's targets, a scalar.
+Objective = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+# Builds the model before the first checkpoint exists, or loads it from a checkpoint's folder.
+Build = Callable[[Path | None], torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training worker needs to know; plain values, sent to every worker."""
+
+    folder: Path
+    settings: TrainingSettings
+    build: Build
+    objective: Objective
+    tokenizer: Path
+    stream: RowStream
+    held_out: HeldOutRows
+    facts: dict[str, Any]  # into every checkpoint's manifest
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def resume_step(self) -> int:
+        """The step that comes next: 0, or what the newest whole checkpoint says."""
+        newest = checkpoints.newest(self.checkpoints)
+        return newest.step if newest else 0
+
+
+# The worker's side
+
+
+def work(job: Job) -> None:
+    """A training worker, from start or checkpoint to the last step. Runs on every rank."""
+    import ray.train
+
+    with sole_writer(job.folder, ray.train.get_context().get_world_rank()):
+        trainer = Trainer.start(job)
+        batches = ray.train.get_dataset_shard("train").iter_batches(
+            batch_size=job.settings.rows_per_worker, batch_format="numpy", prefetch_batches=2
+        )
+        batches = iter(batches)
+        for step in range(trainer.step, job.settings.steps):
+            stop = trainer.train_step(step, next_batch(batches, step))
+            last = step + 1 == job.settings.steps
+            if last or _due(step, job.settings.evaluate_every):
+                trainer.evaluate(ray.train.get_dataset_shard("held_out"))
+            if last or stop or _due(step, job.settings.save_every):
+                trainer.save()
+                # Ray Train's own record of how far it is. A barrier, so only here.
+                ray.train.report({"step": trainer.step})
+            if stop:
+                return
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and (step + 1) % every == 0
+
+
+@dataclass
+class Batch:
+    """This rank's rows of one global batch, and how long they were waited for."""
+
+    rows: np.ndarray  # (R,) row ids
+    targets: int  # tokens that carry loss in the whole global batch
+    tokens: dict[str, np.ndarray]  # each (R, T)
+    waited_s: float
+
+    def part(self, begin: int, end: int, device: torch.device) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(values[begin:end]).to(device).long() for name, values in self.tokens.items()}
+
+
+def next_batch(batches: Iterator[dict[str, np.ndarray]], step: int) -> Batch:
+    """The rows of `step`, refused if the stream hands over any other."""
+    begun = time.monotonic()
+    columns = dict(next(batches))
+    steps = columns.pop("step")
+    if not (steps == step).all():
+        raise RuntimeError(f"the stream handed rows of step {sorted(set(steps.tolist()))} to step {step}")
+    rows, targets = columns.pop("row"), columns.pop("batch_targets")
+    return Batch(rows, int(targets[0]), columns, time.monotonic() - begun)
+
+
+@dataclass
+class Trainer:
+    """A rank at work: the engine, how many steps it has taken, and the files that follow it."""
+
+    job: Job
+    engine: Any
+    tokenizer: Any
+    device: torch.device
+    step: int
+
+    @classmethod
+    def start(cls, job: Job) -> Trainer:
+        """Build the model and its engine, and put back what the newest whole checkpoint holds."""
+        saved = checkpoints.newest(job.checkpoints)
+        step = saved.step if saved else 0
+        engine, device = _start_engine(job, saved)
+        if dist.get_rank() == 0:
+            checkpoints.prune(job.checkpoints, job.settings.keep_checkpoints)
+            for name in FOLLOWING:
+                cut_back(job.folder / name, step)
+        dist.barrier()
+        return cls(job, engine, load_tokenizer(job.tokenizer), device, step)
+
+    def train_step(self, step: int, batch: Batch) -> bool:
+        """One optimizer step. True if the run is asked to stop."""
+        begun = time.monotonic()
+        rate = self.job.settings.rate(step)
+        zero.set_learning_rate(self.engine, rate)
+        nats = self._forward_backward(batch)
+        self.step = step + 1
+        nats, rows, stop = self._gather(nats, batch.rows)
+        loss = nats / batch.targets
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step} is {loss}: lower learning_rate or raise warmup_steps")
+        if dist.get_rank() == 0:
+            self._write(step, loss, rows, rate, batch, time.monotonic() - begun)
+        return stop
+
+    def _forward_backward(self, batch: Batch) -> float:
+        """Forward, backward and update over this rank's rows; the sum of their loss in nats.
+
+        DeepSpeed averages gradients over ranks and micro-batches. The loss handed to it is scaled so that the result
+        is the mean over the targets of the whole global batch, however its rows are dealt out.
+        """
+        size = self.job.settings.forward_rows
+        starts = range(0, len(batch.rows), size)
+        scale = dist.get_world_size() * len(starts) / batch.targets
+        total = torch.zeros((), device=self.device)
+        for start in starts:
+            nats = self.job.objective(self.engine, batch.part(start, start + size, self.device))
+            self.engine.backward(nats * scale)
+            self.engine.step()
+            total += nats.detach()
+        return total.item()
+
+    def _gather(self, nats: float, rows: np.ndarray) -> tuple[float, list[int], bool]:
+        """The global batch's loss sum, the rows that the ranks really took, and whether the run is asked to stop."""
+        stop = (self.job.folder / "stop").exists()
+        # Row ids are exact in fp64 up to 2^53, so one collective carries all three.
+        mine = torch.tensor([nats, float(stop), *rows.tolist()], dtype=torch.float64, device=self.device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        table = torch.stack(everyone).cpu()
+        return float(table[:, 0].sum()), table[:, 2:].flatten().long().tolist(), bool(table[:, 1].any())
+
+    def _write(self, step: int, loss: float, rows: list[int], rate: float, batch: Batch, seconds: float) -> None:
+        tokens = len(rows) * batch.tokens["input_ids"].shape[1]
+        append(self.job.folder / "ledger.jsonl", {"step": step, "rows": rows, "skipped": []})
+        record = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "tokens": (step + 1) * tokens,
+            "tokens_per_s": tokens / (seconds + batch.waited_s),
+            "data_wait_s": batch.waited_s,
+            "seconds": seconds + batch.waited_s,
+        }
+        append(self.job.folder / "metrics.jsonl", record)
+
+    @torch.no_grad()
+    def evaluate(self, shard) -> None:
+        """Mean loss over the targets of the held-out rows, in nats, as of the step just taken. Collective."""
+        self.engine.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for step, columns in enumerate(shard.iter_batches(batch_size=self._held_out_share, batch_format="numpy")):
+            batch = next_batch(iter([columns]), step)
+            total += self.job.objective(self.engine, batch.part(0, len(batch.rows), self.device)).double()
+        dist.all_reduce(total)
+        self.engine.train()
+        if dist.get_rank() == 0:
+            loss = total.item() / self.job.facts["held_out_targets"]
+            append(self.job.folder / "held_out.jsonl", {"step": self.step - 1, "held_out_loss": loss})
+
+    @property
+    def _held_out_share(self) -> int:
+        return self.job.held_out.global_batch // self.job.held_out.workers
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after `self.step` steps. Collective."""
+        weights = zero.whole_weights(self.engine)
+        checkpoints.save(
+            self.job.checkpoints,
+            self.step,
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            fragments=zero.fragments(self.engine, self.step),
+            save_model=lambda path: checkpoints.save_model(path, self.engine.module, weights, self.tokenizer),
+            barrier=dist.barrier,
+            facts=self.job.facts,
+        )
+        if dist.get_rank() == 0:
+            checkpoints.prune(self.job.checkpoints, self.job.settings.keep_checkpoints)
+
+
+def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device]:
+    """The DeepSpeed engine, with `saved`'s weights and optimizer state if there is a checkpoint."""
+    from ray.train.torch import get_device
+
+    settings = job.settings
+    torch.set_num_threads(settings.threads)
+    zero.deepspeed().init_distributed()
+    device = get_device()
+    model = job.build(saved.model if saved else None).to(device)
+    ds_settings = zero.zero_settings(
+        stage=settings.zero_stage,
+        micro_batch=settings.forward_rows,
+        accumulation=settings.rows_per_worker // settings.forward_rows,
+        dtype=settings.dtype,
+        clip_norm=settings.clip_norm,
+    )
+    engine = zero.initialise(
+        model.bfloat16() if settings.dtype == "bf16" else model,
+        ds_settings,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )
+    if saved:
+        checkpoints.restore_state(saved, zero.fragments(engine, saved.step))
+    return engine, device
+
+
+@contextmanager
+def sole_writer(folder: Path, rank: int) -> Iterator[None]:
+    """Let one rank 0 at a time write to `folder`.
+
+    A killed driver's workers may live on for some seconds; the next attempt waits for them to go, and says so if they
+    do not.
+    """
+    if rank != 0:
+        yield
+        return
+    with open(folder / ".writer", "w") as handle:
+        deadline = time.monotonic() + WRITER_WAIT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"another worker still writes to {folder} after {WRITER_WAIT_S} s") from None
+                time.sleep(0.2)
+        yield
+
+
+# Files that follow the steps
+
+
+FOLLOWING = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl")
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one JSON line, in one write, so that a killed process leaves at most one broken line at the end."""
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, up to the first broken line; none if there is no file."""
+    records: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the records of `step` and later: they will be made again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(record) + "\n" for record in read_lines(path) if record["step"] < step]
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+# The driver's side
+
+
+def train(job: Job, title: str, data_cpus: float, on_record: Callable[[dict[str, Any]], None]) -> None:
+    """Run the workers to the end and follow them: a progress bar here, each new record to `on_record`.
+
+    Raises StageFailed with the first failing rank's own words, or Stopped when a signal ended it with state saved.
+    """
+    outcome: list[BaseException] = []
+    thread = threading.Thread(target=_fit, args=(job, data_cpus, outcome), name="train", daemon=True)
+    with _ask_to_stop(job.folder / "stop"), progress(title, job.settings.steps, "steps") as report:
+        thread.start()
+        tail = Tail(job.folder / "metrics.jsonl", after=job.resume_step() - 1)
+        while thread.is_alive():
+            thread.join(timeout=0.25)
+            for record in tail.new():
+                report(record["step"] + 1, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
+                on_record(record)
+    if outcome:
+        raise outcome[0]
+    if job.resume_step() < job.settings.steps:
+        raise Stopped(f"{title}: asked to stop, state saved at step {job.resume_step()}; the same command goes on")
+
+
+def _fit(job: Job, data_cpus: float, outcome: list[BaseException]) -> None:
+    from ray.train import TrainingFailedError
+
+    try:
+        _trainer(job, data_cpus).fit()
+    except TrainingFailedError as error:
+        outcome.append(StageFailed(_first_failure(error)))
+    except BaseException as error:  # handed to the thread that waits, which raises it
+        outcome.append(error)
+
+
+def _trainer(job: Job, data_cpus: float):
+    """The Ray Train trainer. The streams are functions: each (re)start of the workers calls them anew."""
+    from ray.data import ExecutionOptions
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    settings = job.settings
+    resources = {"CPU": settings.cpus_per_worker}
+    if settings.gpus_per_worker:
+        resources["GPU"] = settings.gpus_per_worker
+    return TorchTrainer(
+        work,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            # A name of its own each time: what Ray Train remembers of an earlier attempt is not what we resume from.
+            name=f"attempt-{uuid.uuid4().hex[:8]}",
+            storage_path=str(job.folder / "ray"),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if settings.gpus_per_worker else "cpu"}},
+        ),
+        datasets={
+            "train": lambda: replace(job.stream, first_step=job.resume_step()).dataset(data_cpus),
+            "held_out": lambda: job.held_out.dataset(data_cpus),
+        },
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+    )
+
+
+def _first_failure(error: Exception) -> Problem:
+    """What the first failing rank said, rather than that a worker died."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {}) or {}
+    if not failures:
+        return Problem(str(error), "look at the stage's logs; the same command goes on from the last checkpoint")
+    rank, first = min(failures.items())
+    remedy = "the same command goes on from the last checkpoint"
+    if "No space left" in str(first):
+        remedy = f"free disk space where the run lies; {remedy}"
+    return Problem(f"worker {rank} of the training group failed: {first}", remedy)
+
+
+@contextmanager
+def _ask_to_stop(request: Path) -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into a request that the workers see; a second one ends at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if request.exists():
+            raise KeyboardInterrupt
+        request.touch()
+        console.print("stopping after this step, saving state (again to end at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Tail:
+    """Follows a JSON-lines file of steps; a step that is made again after a restart is not handed out twice."""
+
+    def __init__(self, path: Path, after: int):
+        self._path = path
+        self._last = after
+        self._at = (0, 0)  # inode, offset
+
+    def new(self) -> list[dict[str, Any]]:
+        """The records of steps not seen before."""
+        try:
+            with open(self._path, "rb") as handle:
+                lines = self._lines(handle)
+        except FileNotFoundError:
+            return []
+        fresh = [record for record in map(json.loads, lines) if record["step"] > self._last]
+        self._last = max([self._last, *(record["step"] for record in fresh)])
+        return fresh
+
+    def _lines(self, handle: BinaryIO) -> list[bytes]:
+        inode = os.fstat(handle.fileno()).st_ino
+        offset = self._at[1] if self._at[0] == inode else 0  # cutting back replaces the file
+        handle.seek(offset)
+        whole, newline, _ = handle.read().rpartition(b"\n")
+        self._at = (inode, offset + len(whole) + len(newline))
+        return whole.splitlines()

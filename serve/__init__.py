@@ -1,0 +1,1 @@
+"""Ray Serve: the OpenAI-compatible service over the generation engine."""
