@@ -1,0 +1,29 @@
+# `make demo` and `make test` are all the set-up there is. pip's own settings and environment variables are honoured.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check format
+
+demo: $(STAMP)  ## raw text to a served base model, on this machine
+	$(BIN)/headwater run tiny
+	$(BIN)/headwater serve tiny --trial
+
+test: $(STAMP)  ## every test, the slow ones included
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m "not slow"
+
+format: $(STAMP)  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@

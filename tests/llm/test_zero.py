@@ -1,0 +1,209 @@
+"""ZeRO's engine and its state against torch's own optimizer, over numbers of ranks and stages."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from llm import checkpoint as checkpoints
+from llm import zero
+from llm.losses import next_token_nats
+from llm.presets import PRESETS, build_model, llama_config
+
+STEPS, ROWS, TOKENS, VOCAB = 4, 4, 16, 40
+BETAS, DECAY, RATE = (0.9, 0.95), 0.1, 1e-2
+
+
+class FakeTokenizer:
+    eos_token_id = 0
+    pad_token_id = 1
+
+    def __len__(self):
+        return VOCAB
+
+    def save_pretrained(self, folder):
+        pass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run: how many ranks, which stage, and whether it begins at a checkpoint."""
+
+    ranks: int
+    stage: int
+    dtype: str = "fp32"
+    micro_batch: int = 2
+    first: int = 0
+    last: int = STEPS
+    load: str | None = None
+    save: str | None = None
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
+
+
+def fresh_model():
+    return build_model(llama_config(PRESETS["micro"], FakeTokenizer()), seed=3)
+
+
+def train(case: Case, folder: Path) -> list[float]:
+    """The losses of `case`, trained by as many processes as it has ranks."""
+    folder.mkdir(exist_ok=True)
+    mp.spawn(rank_main, args=(case, str(folder)), nprocs=case.ranks)
+    return json.loads((folder / "losses.json").read_text())
+
+
+def rank_main(rank: int, case: Case, folder: str) -> None:
+    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous-{case.first}-{case.last}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
+    zero.deepspeed().init_distributed()
+    engine = start(case)
+    losses = [step(engine, case, number, rank) for number in range(case.first, case.last)]
+    if case.save:
+        save(engine, case, rank)
+    if rank == 0:
+        Path(folder, "losses.json").write_text(json.dumps(losses))
+    dist.destroy_process_group()
+
+
+def start(case: Case):
+    from transformers import LlamaForCausalLM
+
+    saved = checkpoints.newest(Path(case.load)) if case.load else None
+    model = LlamaForCausalLM.from_pretrained(saved.model) if saved else fresh_model()
+    settings = zero.zero_settings(
+        stage=case.stage,
+        micro_batch=case.micro_batch,
+        accumulation=ROWS // case.ranks // case.micro_batch,
+        dtype=case.dtype,
+        clip_norm=1.0,
+    )
+    model = model.bfloat16() if case.dtype == "bf16" else model
+    engine = zero.initialise(model, settings, betas=BETAS, weight_decay=DECAY)
+    if saved:
+        checkpoints.restore_state(saved, zero.fragments(engine, saved.step))
+    zero.set_learning_rate(engine, RATE)
+    return engine
+
+
+def step(engine, case: Case, number: int, rank: int) -> float:
+    mine = batch(number).chunk(case.ranks)[rank].split(case.micro_batch)
+    scale = case.ranks * len(mine) / (ROWS * (TOKENS - 1))
+    total = torch.zeros(1)
+    for part in mine:
+        nats = next_token_nats(engine(input_ids=part, use_cache=False).logits, part)
+        engine.backward(nats * scale)
+        engine.step()
+        total += nats.detach()
+    dist.all_reduce(total)
+    return total.item() / (ROWS * (TOKENS - 1))
+
+
+def save(engine, case: Case, rank: int) -> None:
+    weights = zero.whole_weights(engine)
+    checkpoints.save(
+        Path(case.save),
+        case.last,
+        rank=rank,
+        world=case.ranks,
+        fragments=zero.fragments(engine, case.last),
+        save_model=lambda path: checkpoints.save_model(path, engine.module, weights, FakeTokenizer()),
+        barrier=dist.barrier,
+        facts={},
+    )
+
+
+def reference() -> list[float]:
+    """The same training by torch's AdamW on the whole batch, without DeepSpeed."""
+    model = fresh_model()
+    optimizer = torch.optim.AdamW(zero.parameter_groups(model, DECAY), lr=RATE, betas=BETAS)
+    losses = []
+    for number in range(STEPS):
+        ids = batch(number)
+        loss = next_token_nats(model(input_ids=ids).logits, ids) / (ROWS * (TOKENS - 1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [Case(1, 1), Case(1, 2, micro_batch=4), Case(2, 2), Case(2, 2, micro_batch=1), Case(2, 3)], ids=str
+)
+def test_training_equals_torchs_adamw_on_the_whole_batch(case, tmp_path):
+    assert train(case, tmp_path / "run") == pytest.approx(reference(), abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 2), ("bf16", 2), ("fp32", 3)])
+def test_resumed_equals_uninterrupted_bit_for_bit(dtype, stage, tmp_path):
+    whole = train(Case(2, stage, dtype), tmp_path / "whole")
+    store = str(tmp_path / "checkpoints")
+    train(Case(2, stage, dtype, last=2, save=store), tmp_path / "first")
+    assert train(Case(2, stage, dtype, first=2, load=store), tmp_path / "second") == whole[2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 2)), ((1, 1), (2, 2)), ((2, 2), (2, 3)), ((2, 3), (2, 2))])
+def test_a_checkpoint_moves_between_numbers_of_ranks_and_stages(before, after, tmp_path):
+    store = str(tmp_path / "checkpoints")
+    train(Case(*before, last=2, save=store), tmp_path / "first")
+    resumed = train(Case(*after, first=2, load=store), tmp_path / "second")
+    assert resumed == pytest.approx(reference()[2:], abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    for last in (1, 2):
+        train(Case(1, 2, last=last, micro_batch=4, save=str(folder / "checkpoints")), folder / f"run-{last}")
+    return folder / "checkpoints"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_loads_without_this_project(saved):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.newest(saved).model)
+    assert model.lm_head.weight.shape == (VOCAB, PRESETS["micro"].hidden)
+    assert not torch.equal(model.lm_head.weight, fresh_model().lm_head.weight), "it was trained"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
+def test_the_one_before_a_damaged_checkpoint_is_used(saved, damage, tmp_path, caplog):
+    import shutil
+
+    store = tmp_path / "checkpoints"
+    shutil.copytree(saved, store)
+    victim = store / "step-00000002" / ("manifest.json" if damage == "manifest" else "model/model.safetensors")
+    content = bytearray(victim.read_bytes())
+    if damage == "delete":
+        victim.unlink()
+    else:
+        content[-1] ^= 1
+        victim.write_bytes(content[: len(content) // 2] if damage in ("truncate", "manifest") else content)
+    assert checkpoints.newest(store).step == 1
+    assert "step-00000002 is damaged" in caplog.text
+
+
+@pytest.mark.slow
+def test_state_of_another_model_is_refused(saved):
+    fragment = zero.Fragment("model.embed_tokens.weight", 0, {"weight": torch.zeros(10**6)})
+    with pytest.raises(ValueError, match="written for another model"):
+        checkpoints.restore_state(checkpoints.newest(saved), [fragment])
+
+
+def test_no_checkpoint_is_no_checkpoint(tmp_path):
+    assert checkpoints.newest(tmp_path / "nowhere") is None
