@@ -25,8 +25,10 @@ QUIET = {
 
 
 @contextmanager
-def ray_session(address: str | None, object_store_mb: int) -> Iterator[None]:
+def ray_session(address: str | None, object_store_mb: int) -> Iterator[bool]:
     """Ray for as long as the block lasts: the cluster at `address` or RAY_ADDRESS, else a local one that ends with it.
+
+    The block is told whether Ray is local, so that what it starts there need not be stopped by hand.
 
     On a cluster the code travels with the job (`ray job submit --working-dir .`); here workers find it by path.
     """
@@ -44,7 +46,7 @@ def ray_session(address: str | None, object_store_mb: int) -> Iterator[None]:
         ) from None
     _quieten_data()
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()
 
@@ -71,6 +73,7 @@ def _quieten_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says that bars are off, each time
 
 
 def usable_cpus() -> int:

@@ -1,10 +1,12 @@
-"""Progress bars in a terminal; a line now and then where nobody watches a terminal."""
+"""What a command tells while it works: progress bars in a terminal, lines elsewhere, and logs in the run folder."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -50,3 +52,18 @@ def _lines(title: str, total: float, unit: str) -> Iterator[Report]:
             console.print(f"{title}: {done:,.0f} of {total:,.0f} {unit} {note}".rstrip(), highlight=False)
 
     yield report
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append what the project logs to `path` for as long as the block lasts."""
+    log = logging.getLogger("headwater")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -64,6 +64,10 @@ class StageFolder:
         for partial in self.path.glob(".partial-*"):
             remove(partial)
 
+    def forget_done(self) -> None:
+        """Take the done-marker away: the stage has to run again."""
+        (self.path / "done.json").unlink(missing_ok=True)
+
     @contextmanager
     def artefact(self, name: str) -> Iterator[Path]:
         """A folder to fill, which becomes STAGE/`name` when the block ends and leaves no trace if it fails."""

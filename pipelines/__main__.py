@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from cluster.errors import BadInput, HeadwaterError, Problem, Stopped
 from cluster.runs import Run, find_run, runs_root
 
 RUN_HELP = "a run's name or folder"
+DEFAULT_OPENINGS = ("Once upon a time",)
 MODEL_HELP = "a run's name or folder, or any Hugging Face model folder"
 
 
@@ -103,16 +104,44 @@ def look_tokens(chosen: argparse.Namespace) -> None:
 
 def serve(chosen: argparse.Namespace) -> None:
     """Deploy a model on Ray Serve until stopped."""
-    from pipelines.service import serve_model
+    from cluster.local import ray_session
+    from pipelines.recipe import ClusterSettings
 
     root = runs_root(chosen.runs)
-    serve_model(
-        model_folder(chosen.model, root),
-        name=chosen.model_name or _model_name(chosen.model),
-        settings=_serve_settings(chosen, root),
-        openings=_openings(chosen.model, root) if chosen.trial else (),
-        trial=chosen.trial,
-    )
+    folder, recipe = model_folder(chosen.model, root), _recipe_of(chosen.model, root)
+    settings = _serve_settings(chosen, recipe)
+    where = recipe.cluster if recipe else ClusterSettings()
+    with ray_session(where.address, where.object_store_mb) as local:
+        from serve import app
+
+        name = chosen.model_name or _model_name(chosen.model)
+        address = app.start(
+            folder,
+            name,
+            settings.host,
+            settings.port,
+            replicas=settings.replicas,
+            cpus=settings.cpus_per_replica,
+            slots=settings.slots,
+            insecure=chosen.insecure,
+        )
+        try:
+            _use(address, name, recipe.openings if recipe else DEFAULT_OPENINGS, chosen.trial)
+        finally:
+            if not local:
+                app.stop()
+
+
+def _use(address: str, name: str, openings: tuple[str, ...], trial: bool) -> None:
+    """Complete the openings over HTTP, or leave the service to its clients."""
+    from pipelines import trial as trials
+
+    trials.wait_until_ready(address)
+    if trial:
+        trials.complete_openings(address, name, openings)
+        return
+    print(f"{name} is served at {address} (Ctrl-C stops it); try:\n{trials.example(address, name)}", flush=True)
+    signal.pause()
 
 
 # What arguments mean
@@ -154,32 +183,26 @@ def tokenizer_folder(name_or_path: str, root: Path) -> Path:
     return found.stage("tokenizer").path / "tokenizer"
 
 
-def _run_recipe(name: str, root: Path) -> Any:
+def _recipe_of(name: str, root: Path) -> Any:
+    """The recipe that a run was made with; None for a model folder that belongs to no run."""
     from pipelines.recipe import load_recipe
 
-    try:
-        return load_recipe(str(find_run(name, root).path / "recipe.yaml"))
-    except BadInput:
+    if (Path(name).expanduser() / "config.json").is_file():
         return None
-
-
-def _openings(name: str, root: Path) -> tuple[str, ...]:
-    recipe = _run_recipe(name, root)
-    return recipe.openings if recipe else ("Once upon a time",)
+    return load_recipe(str(find_run(name, root).path / "recipe.yaml"))
 
 
 def _model_name(name_or_path: str) -> str:
     return Path(name_or_path).expanduser().absolute().name
 
 
-def _serve_settings(chosen: argparse.Namespace, root: Path) -> Any:
+def _serve_settings(chosen: argparse.Namespace, recipe: Any) -> Any:
     from pipelines.recipe import ServeSettings
     from pipelines.settings import check
 
-    recipe = _run_recipe(chosen.model, root)
     values = (recipe.serve if recipe else ServeSettings()).model_dump()
     given = {key: getattr(chosen, key) for key in ("host", "port", "replicas") if getattr(chosen, key) is not None}
-    return check(ServeSettings, {**values, **given, "insecure": chosen.insecure}, "the command line")
+    return check(ServeSettings, {**values, **given}, "the command line")
 
 
 def _sampling(chosen: argparse.Namespace) -> Any:
@@ -197,7 +220,7 @@ def _sampling(chosen: argparse.Namespace) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pipelines.run import NAMES
+    from pipelines.stage import NAMES
 
     parser = argparse.ArgumentParser(
         prog="headwater", description="From raw text to a served language model on Ray: one recipe, one run folder."

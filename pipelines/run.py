@@ -17,16 +17,16 @@ import yaml
 from cluster.errors import BadInput, HeadwaterError, PreflightRefused, Problem, StageFailed, Stopped
 from cluster.local import CHECKOUT, expected_resources, ray_session
 from cluster.preflight import disk_problems, resource_problems
-from cluster.progress import console
+from cluster.progress import console, log_to
 from cluster.runs import SCHEMA_VERSION, Run, StageFolder, canonical_hash, read_json
 from cluster.tracking import Tracker
 from llm.files import hash_file, write_json
 from pipelines import ingest, pretrain, shards, tokenizer
 from pipelines.recipe import Recipe
-from pipelines.stage import Outcome, Stage, StageRun
+from pipelines.stage import NAMES, Outcome, Stage, StageRun
 
 STAGES: tuple[Stage, ...] = (ingest.STAGE, tokenizer.STAGE, shards.STAGE, pretrain.STAGE)
-NAMES = tuple(stage.name for stage in STAGES)
+assert tuple(stage.name for stage in STAGES) == NAMES
 
 log = logging.getLogger("headwater")
 
@@ -74,12 +74,23 @@ class Journey:
         key = stage.key(self.recipe, self.inputs(stage))
         done, state = folder.done(), read_json(folder.path / "state.json")
         if done and done["key"] == key:
-            return Step(stage, False, "done")
+            return self._verified(stage, done)
         if done:
             return Step(stage, True, f"changed: {', '.join(_changed(done, stage, self.recipe, self.inputs(stage)))}")
         if state and state["key"] == key:
             return Step(stage, True, "cut off before, goes on")
         return Step(stage, True, "not run yet")
+
+    def _verified(self, stage: Stage, done: dict[str, Any]) -> Step:
+        """A stage that is done, unless --verify finds other bytes behind the same names, sizes and times."""
+        if self.verify and done["bytes"] != (self.bytes_of(stage) or None):
+            why = "the sources' bytes changed" if done["bytes"] else "the sources' bytes were never hashed"
+            return Step(stage, True, why)
+        return Step(stage, False, "done")
+
+    def bytes_of(self, stage: Stage) -> dict[str, str] | None:
+        """SHA-256 of each source's bytes with --verify, else None."""
+        return (stage.sources(self.recipe, True) or None) if self.verify else None
 
     def inputs(self, stage: Stage) -> dict[str, str]:
         """Fingerprints of what the stage reads. BadInput if an earlier stage has not finished."""
@@ -95,7 +106,7 @@ class Journey:
 
     def _sources(self, stage: Stage) -> dict[str, str]:
         if stage.name not in self.sources:
-            self.sources[stage.name] = stage.sources(self.recipe, self.verify)
+            self.sources[stage.name] = stage.sources(self.recipe, False)
         return self.sources[stage.name]
 
 
@@ -108,25 +119,28 @@ def execute(journey: Journey) -> list[dict[str, Any]]:
         if any(step.runs for step in steps):
             preflight(journey, [step.stage for step in steps if step.runs])
             _write_recipe(journey)
-            with _log_file(run), ray_session(journey.recipe.cluster.address, journey.recipe.cluster.object_store_mb):
+            with ray_session(journey.recipe.cluster.address, journey.recipe.cluster.object_store_mb):
                 _check_cluster([step.stage for step in steps if step.runs], journey.recipe)
-                for stage in journey.chosen():
-                    run_stage(journey, stage)
+                for step in steps:
+                    run_stage(journey, step.stage, again=step.why.startswith("the sources' bytes"))
     return [run.stage(stage.name).done() or {} for stage in journey.chosen()]
 
 
-def run_stage(journey: Journey, stage: Stage) -> None:
-    """Run one stage unless its key says that it is done, and record what it was made of."""
+def run_stage(journey: Journey, stage: Stage, again: bool = False) -> None:
+    """Run one stage unless its key says that it is done (or `again`), and record what it was made of."""
     folder = journey.run.stage(stage.name)
     inputs = journey.inputs(stage)
     key = stage.key(journey.recipe, inputs)
     folder.begin(key)
+    if again:
+        folder.forget_done()
     if (done := folder.done()) and done["key"] == key:
         _write_lineage(journey.run)
         return
     console.print(f"[bold]{stage.name}[/bold]")
     started = time.time()
-    outcome = _tracked(journey, stage, folder)
+    with log_to(folder.logs / "driver.log"):
+        outcome = _tracked(journey, stage, folder)
     done = {
         "schema_version": SCHEMA_VERSION,
         "stage": stage.name,
@@ -134,6 +148,7 @@ def run_stage(journey: Journey, stage: Stage) -> None:
         "key": key,
         "fingerprint": stage.fingerprint(folder),
         "inputs": inputs,
+        "bytes": journey.bytes_of(stage),
         "settings": stage.identity(journey.recipe),
         "code": code_version(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -175,7 +190,7 @@ def _explained(stage: Stage, error: BaseException) -> BaseException:
     if "No space left on device" in str(error):
         return StageFailed(Problem(f"{stage.name}: the disk is full", "free space where the run lies; the same command goes on"))
     log.error("%s failed", stage.name, exc_info=error)
-    return StageFailed(Problem(f"{stage.name}: {_last_line(error)}", "the whole traceback is in logs/ of the run folder"))
+    return StageFailed(Problem(f"{stage.name}: {_last_line(error)}", "the whole traceback is in logs/driver.log of the stage"))
 
 
 def _last_line(error: BaseException) -> str:
@@ -257,19 +272,3 @@ def _stoppable() -> Iterator[None]:
         raise Stopped("stopped; what was finished is kept, the same command goes on") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _log_file(run: Run) -> Iterator[None]:
-    """The command's log, in the run folder."""
-    folder = run.path / "logs"
-    folder.mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()

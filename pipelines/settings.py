@@ -62,10 +62,13 @@ def _problem(schema: type[Settings], detail: Any, where: str) -> Problem:
     path = ".".join(str(part) for part in detail["loc"]) or "(top level)"
     if detail["type"] == "extra_forbidden":
         return Problem(f"{where}: unknown setting '{path}'", _nearest(schema, detail["loc"]))
-    message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "missing":
         return Problem(f"{where}: setting '{path}' is missing", f"give it a value: --set {path}=...")
-    return Problem(f"{where}: setting '{path}': {message}, got {detail['input']!r}", _remedy(schema, detail["loc"]))
+    message = detail["msg"].removeprefix("Value error, ")
+    # Where settings disagree with one another the input is all of them, and the message names the values.
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict):
+        return Problem(f"{where}: {path}: {message}", "change one of the settings that it names")
+    return Problem(f"{where}: {path}: {message}, got {detail['input']!r}", _remedy(schema, detail["loc"]))
 
 
 def _nearest(schema: type[Settings], location: tuple) -> str:
@@ -78,9 +81,11 @@ def _nearest(schema: type[Settings], location: tuple) -> str:
 
 
 def _remedy(schema: type[Settings], location: tuple) -> str:
-    parent = _schema_at(schema, location[:-1])
-    field = parent.model_fields.get(str(location[-1])) if parent else None
-    return f"{field.description}" if field is not None and field.description else "see the recipe's documentation"
+    """What the setting means, from its documentation."""
+    names = [part for part in location if isinstance(part, str)]
+    parent = _schema_at(schema, tuple(names[:-1])) if names else None
+    field = parent.model_fields.get(names[-1]) if parent else None
+    return f"{names[-1]} is: {field.description}" if field is not None else "see the shipped recipes"
 
 
 def _schema_at(schema: Any, location: tuple) -> type[Settings] | None:

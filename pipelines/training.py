@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import signal
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import Problem, StageFailed, Stopped
-from cluster.progress import console, progress
+from cluster.progress import console, log_to, progress
 from llm import checkpoint as checkpoints
 from llm import zero
 from llm.checkpoint import Checkpoint
@@ -35,6 +36,8 @@ from pipelines.recipe import TrainingSettings
 from pipelines.stream import HeldOutRows, RowStream
 
 WRITER_WAIT_S = 60.0
+
+log = logging.getLogger("headwater")
 
 # The objective: (model, batch of tensors (B, T)) -> sum of the loss over the batch's targets, a scalar.
 Objective = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
@@ -72,8 +75,10 @@ def work(job: Job) -> None:
     """A training worker, from start or checkpoint to the last step. Runs on every rank."""
     import ray.train
 
-    with sole_writer(job.folder, ray.train.get_context().get_world_rank()):
+    rank = ray.train.get_context().get_world_rank()
+    with log_to(job.folder / "logs" / f"rank-{rank}.log"), sole_writer(job.folder, rank):
         trainer = Trainer.start(job)
+        log.info("rank %d of %d begins at step %d", rank, dist.get_world_size(), trainer.step)
         batches = ray.train.get_dataset_shard("train").iter_batches(
             batch_size=job.settings.rows_per_worker, batch_format="numpy", prefetch_batches=2
         )
@@ -85,6 +90,7 @@ def work(job: Job) -> None:
                 trainer.evaluate(ray.train.get_dataset_shard("held_out"))
             if last or stop or _due(step, job.settings.save_every):
                 trainer.save()
+                log.info("checkpoint of step %d is whole", trainer.step)
                 # Ray Train's own record of how far it is. A barrier, so only here.
                 ray.train.report({"step": trainer.step})
             if stop:

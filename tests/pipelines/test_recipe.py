@@ -1,0 +1,119 @@
+"""Recipes: every mistake is named, all at once, with the value and the nearest known name."""
+
+import pytest
+import yaml
+
+from cluster.errors import BadInput
+from pipelines.recipe import RECIPES, load_recipe
+from pipelines.run import STAGES
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(BadInput) as error:
+        load_recipe("micro", overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("pretrain.step=5", "did you mean 'pretrain.steps'?"),
+        ("modle.preset=tiny", "did you mean 'model'?"),
+        ("pretrain.zzz=5", "known settings here: steps, global_batch"),
+        ("pretrain.steps=0", "greater than or equal to 1, got 0"),
+        ("pretrain.steps=many", "got 'many'"),
+        ("pretrain.dtype=fp8", "'fp32' or 'bf16', got 'fp8'"),
+        ("pretrain.learning_rate=.nan", "finite number"),
+        ("model.preset=huge", "unknown preset, known are micro, tiny"),
+        ("tokenizer.vocab_size=100", "greater than or equal to 282, got 100"),
+        ("pretrain.workers=3", "global_batch must be a multiple of workers: 8 rows over 3 workers"),
+        ("pretrain.micro_batch=3", "a worker's 4 rows must be a multiple of micro_batch, which is 3"),
+        ("pretrain.warmup_steps=60", "warmup_steps must be below steps: 60 of 60"),
+        ("shards.sequence_length=300", "longer than the context of preset 'micro' (256 tokens)"),
+        ("held_out=0.9", "less than or equal to 0.5, got 0.9"),
+        ("name=../elsewhere", "name"),
+        ("ingest.sources=[]", "nothing to read"),
+        ("pretrain", "write a.b=value"),
+        ("held_out.x=1", "'held_out' holds no settings of its own"),
+        ("pretrain.steps=[1", "not valid YAML"),
+    ],
+)
+def test_a_bad_setting_is_named(override, said):
+    assert said in refused(override)
+
+
+def test_all_problems_are_told_at_once():
+    said = refused("pretrain.step=5", "seed=-1", "tokenizer.vocab_size=1")
+    assert all(name in said for name in ("pretrain.step", "seed", "tokenizer.vocab_size"))
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones():
+    with pytest.raises(BadInput, match="micro, tiny"):
+        load_recipe("mirco")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\na: 2\n", "key given twice"),
+        ("- 1\n", "holds list, not settings"),
+        ("a: [", "not valid YAML"),
+        ("name: x\n", "setting 'pretrain' is missing"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(BadInput) as error:
+        load_recipe(str(tmp_path / "mine.yaml"))
+    assert said in str(error.value)
+
+
+def test_a_binary_recipe_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="cannot read the recipe"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_scientific_notation_is_a_number():
+    assert load_recipe("micro", ("pretrain.learning_rate=3e-4",)).pretrain.learning_rate == 3e-4
+
+
+def test_the_resolved_recipe_loads_as_the_same_recipe(tmp_path):
+    recipe = load_recipe("tiny", ("name=mine", "pretrain.steps=50"))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("name=other", set()),
+        ("pretrain.workers=1", set()),
+        ("pretrain.zero_stage=3", set()),
+        ("pretrain.save_every=7", set()),
+        ("serve.port=9000", set()),
+        ("wandb.enabled=false", set()),
+        ("ingest.cpus_per_task=1", set()),
+        ("seed=1", {"pretrain"}),
+        ("model.preset=tiny", {"pretrain"}),
+        ("pretrain.dtype=bf16", {"pretrain"}),
+        ("held_out=0.2", {"tokenizer", "shards"}),
+        ("tokenizer.sample_bytes=1000", {"tokenizer"}),
+        ("ingest.min_characters=1", {"ingest"}),
+    ],
+)
+def test_settings_belong_to_the_identity_of_their_stages_alone(override, stages):
+    before, after = load_recipe("micro"), load_recipe("micro", (override,))
+    assert {stage.name for stage in STAGES if stage.identity(before) != stage.identity(after)} == stages
+
+
+def test_a_users_folder_replaces_the_sources():
+    recipe = load_recipe("micro", ("ingest.folder=/somewhere",))
+    assert [source.path for source in recipe.ingest.chosen()] == ["/somewhere"]
+    other_place = load_recipe("micro", ("ingest.folder=/elsewhere",))
+    assert recipe.ingest.identity() == other_place.ingest.identity(), "a path is placement"
+    assert recipe.ingest.identity() != load_recipe("micro").ingest.identity()
+
+
+def test_recipes_lie_beside_the_schema():
+    assert {path.name for path in RECIPES.iterdir()} >= {"micro.yaml", "tiny.yaml"}

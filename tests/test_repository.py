@@ -1,0 +1,62 @@
+"""Rules of the repository itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from pipelines.recipe import load_recipe, shipped
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ALLOWED = {
+    "llm": {"llm"},
+    "cluster": {"cluster", "llm.files"},
+    "serve": {"serve", "llm", "cluster"},
+    "pipelines": {"pipelines", "llm", "cluster"},
+}
+ROOMS = ("cluster", "pipelines", "llm", "serve")
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_one_way(room):
+    for path in (CHECKOUT / room).rglob("*.py"):
+        if path.name == "__main__.py":
+            continue  # the command's own module alone starts everything
+        for name in imports(path):
+            if name.split(".")[0] in ROOMS:
+                allowed = any(name == door or name.startswith(f"{door}.") for door in ALLOWED[room])
+                assert allowed or name in ROOMS, f"{path} imports {name}"
+
+
+def test_no_ray_under_llm():
+    for path in (CHECKOUT / "llm").rglob("*.py"):
+        assert not {name for name in imports(path) if name.split(".")[0] == "ray"}, path
+
+
+def test_ray_serve_only_inside_serve():
+    for room in ("cluster", "pipelines", "llm"):
+        for path in (CHECKOUT / room).rglob("*.py"):
+            assert not {name for name in imports(path) if name.startswith("ray.serve")}, path
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_loads(name):
+    assert load_recipe(name).name == name
+
+
+def test_no_file_takes_a_name_of_the_standard_library():
+    import sys
+
+    for room in ROOMS:
+        for path in (CHECKOUT / room).rglob("*.py"):
+            assert path.stem not in sys.stdlib_module_names or path.stem.startswith("__"), path
