@@ -1,0 +1,75 @@
+"""From a Hugging Face folder to a model or an engine: local files, safetensors, no remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm.engine import Engine
+from llm.vocabulary import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(folder: str | Path) -> PreTrainedModel:
+    """The causal language model saved in `folder`, ready to generate: in fp32 on a CPU, as saved on a GPU.
+
+    ValueError if the folder holds no such model, or not all of its weights.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    check_model_folder(Path(folder))
+    gpu = torch.cuda.is_available()
+    logging.disable_progress_bar()  # it would be drawn into the text that a command prints
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if gpu else torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(f"no usable weights (model.safetensors) in {folder}: {error}") from error
+    finally:
+        logging.enable_progress_bar()
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise ValueError(f"{folder} lacks {len(names)} of its model's weights, {names[0]} among them")
+    return model.to("cuda" if gpu else "cpu").eval()
+
+
+def load(folder: str | Path, *, slots: int = 32, context: int | None = None) -> Engine:
+    """An engine over the model and tokenizer in `folder`; ValueError if either is missing or they don't fit."""
+    folder = Path(folder)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} ids and the model {model.config.vocab_size}: "
+            "they are not a pair"
+        )
+    return Engine(model, tokenizer, slots=slots, context=context)
+
+
+def check_model_folder(folder: Path) -> None:
+    """ValueError unless `folder` says that it holds a causal language model and a tokenizer; reads no weights."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not folder.is_dir():
+        raise ValueError(f"no model folder at {folder}")
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"no {name} in {folder}: it isn't a model folder with its tokenizer")
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} isn't a JSON object: {error}") from error
+    if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        raise ValueError(f"{folder} holds {architectures or 'no named architecture'}, not a causal language model")
