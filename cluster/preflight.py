@@ -29,9 +29,10 @@ def disk_problems(folder: Path, needed: int) -> list[Problem]:
     free = shutil.disk_usage(existing).free
     if free >= needed + DISK_RESERVE:
         return []
+    wanted = (needed + DISK_RESERVE) / 1e9
     return [
         Problem(
-            f"the run needs about {(needed + DISK_RESERVE) / 1e9:.2f} GB under {existing}, {free / 1e9:.2f} GB are free",
+            f"the run needs about {wanted:.2f} GB under {existing}, {free / 1e9:.2f} GB are free",
             "free space there, or use another disk with --runs",
         )
     ]

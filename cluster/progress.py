@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,8 +16,12 @@ LINE_EVERY_S = 10.0
 
 console = Console(stderr=True)
 
-# Says how far the work is: (done so far, a short text beside the bar).
-Report = Callable[[float, str], None]
+
+class Report(Protocol):
+    """Says how far the work is."""
+
+    def __call__(self, done: float, note: str = "") -> None:
+        """`done` units so far; `note` is a short text beside the bar."""
 
 
 @contextmanager
@@ -38,7 +43,11 @@ def _bar(title: str, total: float, unit: str) -> Iterator[Report]:
     )
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(title, total=total, note="")
-        yield lambda done, note="": bars.update(task, completed=done, note=note)
+
+        def report(done: float, note: str = "") -> None:
+            bars.update(task, completed=done, note=note)
+
+        yield report
 
 
 @contextmanager

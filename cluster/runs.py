@@ -1,9 +1,9 @@
 """The run folder: where stages leave their artefacts, whole or not at all.
 
-    runs/NAME/recipe.yaml      the resolved recipe
-    runs/NAME/lineage.json     what each artefact was made of
-    runs/NAME/STAGE/           artefacts, metrics.jsonl, logs/, state.json while it runs, done.json written last
-    runs/NAME/.previous/       stages whose settings changed, kept under their key and taken back if it returns
+runs/NAME/recipe.yaml      the resolved recipe
+runs/NAME/lineage.json     what each artefact was made of
+runs/NAME/STAGE/           artefacts, metrics.jsonl, logs/, state.json while it runs, done.json written last
+runs/NAME/.previous/       stages whose settings changed, kept under their key and taken back if it returns
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cluster.errors import BadInput, PreflightRefused, Problem
 from llm.files import hash_file, write_json
@@ -122,7 +122,9 @@ class Run:
         lineage = read_json(self.lineage)
         if lineage is None:
             if self.path.is_dir() and any(child.name != ".lock" for child in self.path.iterdir()):
-                raise BadInput(Problem(f"{self.path} exists and is not a run folder (no lineage.json)", "use name= or --runs"))
+                raise BadInput(
+                    Problem(f"{self.path} exists and is not a run folder (no lineage.json)", "use name= or --runs")
+                )
             return
         version = lineage.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -136,12 +138,7 @@ class Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process alone. The lock falls with the process, however that ends."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / ".lock", "w")
-        except OSError as error:
-            raise BadInput(Problem(f"cannot write to {self.path}: {error}", "use --runs with a folder you own")) from None
-        with handle:
+        with _lock_file(self.path) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -149,6 +146,14 @@ class Run:
                     Problem(f"another command is working on {self.path}", "wait for it, or use name= for a second run")
                 ) from None
             yield
+
+
+def _lock_file(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / ".lock", "w")
+    except OSError as error:
+        raise BadInput(Problem(f"cannot write to {folder}: {error}", "use --runs with a folder you own")) from None
 
 
 def runs_root(flag: str | None) -> Path:

@@ -97,7 +97,9 @@ def save(
 
 
 def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    files = {path.relative_to(partial).as_posix(): hash_file(path) for path in sorted(partial.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(partial).as_posix(): hash_file(path) for path in sorted(partial.rglob("*")) if path.is_file()
+    }
     write_json(partial / "manifest.json", {**manifest, "files": files})
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -157,4 +159,3 @@ def save_model(folder: Path, model, weights: dict[str, torch.Tensor], tokenizer)
     """Write a Hugging Face folder: configuration, safetensors, tokenizer with its chat template."""
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
-

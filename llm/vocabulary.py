@@ -1,4 +1,4 @@
-"""The tokenizer of a run: byte-level BPE, the special tokens of every objective, one chat template, one fingerprint."""
+"""The tokenizer of a run: byte-level BPE, special tokens for every objective, one chat template, one fingerprint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def train_tokenizer(texts: Iterable[str] | Iterator[list[str]], vocab_size: int)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and the special tokens), got {vocab_size}")
+        raise ValueError(
+            f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and the special tokens), got {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -79,7 +79,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def initialise(model: nn.Module, settings: dict[str, Any], *, betas: tuple[float, float], weight_decay: float):
-    """A DeepSpeed engine around `model` with torch's fused AdamW, which needs no compiler. The rate is set each step."""
+    """A DeepSpeed engine around `model` with torch's fused AdamW: no compiler; the rate is set each step."""
     groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
     engine, *_ = deepspeed().initialize(model=model, optimizer=optimizer, config=settings)

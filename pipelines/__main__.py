@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _take_settings(parser: argparse.ArgumentParser, chosen: argparse.Namespace, rest: list[str]) -> None:
-    """Settings may stand after flags too (`run tiny --to shards name=mine`), where argparse no longer looks for them."""
+    """Settings may stand after flags too (`run tiny --to shards name=mine`), where argparse no longer looks."""
     strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(chosen, "overrides")]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
@@ -155,7 +155,9 @@ def _journey(chosen: argparse.Namespace, first: str, last: str) -> Any:
     root = chosen.runs or os.environ.get("HEADWATER_RUNS")
     if os.environ.get("RAY_JOB_ID") and not (root and Path(root).is_absolute()):
         raise BadInput(
-            Problem(f"a Ray job needs an absolute --runs, got {root!r}", "its working directory is thrown away afterwards")
+            Problem(
+                f"a Ray job needs an absolute --runs, got {root!r}", "its working directory is thrown away afterwards"
+            )
         )
     return Journey(recipe, Run(runs_root(chosen.runs) / recipe.name), first, last, chosen.verify)
 
@@ -179,7 +181,9 @@ def tokenizer_folder(name_or_path: str, root: Path) -> Path:
         return direct.absolute()
     found = find_run(name_or_path, root)
     if found.stage("tokenizer").done() is None:
-        raise BadInput(Problem(f"run '{found.name}' has no tokenizer yet", f"headwater run {found.name} --to tokenizer"))
+        raise BadInput(
+            Problem(f"run '{found.name}' has no tokenizer yet", f"headwater run {found.name} --to tokenizer")
+        )
     return found.stage("tokenizer").path / "tokenizer"
 
 
@@ -237,7 +241,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, verb: Any, text: str) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = verbs.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.set_defaults(verb=verb)
     parser.add_argument("--runs", metavar="ROOT", help="folder of all runs (HEADWATER_RUNS, else runs/)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
@@ -291,7 +297,9 @@ def _add_serve(verbs: Any) -> None:
     parser.add_argument("--port", type=int, help="TCP port (the recipe's serve.port, else 8000)")
     parser.add_argument("--replicas", type=int, help="generation replicas (the recipe's serve.replicas, else 1)")
     parser.add_argument("--model-name", help="name that clients use (the run's)")
-    parser.add_argument("--insecure", action="store_true", help="listen on a public address although there are no keys")
+    parser.add_argument(
+        "--insecure", action="store_true", help="listen on a public address although there are no keys"
+    )
     parser.add_argument("--trial", action="store_true", help="complete the recipe's openings over HTTP, then stop")
 
 

@@ -36,8 +36,12 @@ def run(stage: StageRun) -> Outcome:
     manifest = json.loads((tokens / "manifest.json").read_text())
     _same_tokenizer(manifest, stage.input("tokenizer") / "tokenizer")
     rows = min(stage.recipe.pretrain.held_out_rows, manifest["held_out"]["rows"])
-    baselines = ray.get(ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows))
-    stage.log.info("held-out baselines: unigram %.4f, bigram %.4f nats a token", baselines["unigram"], baselines["bigram"])
+    baselines = ray.get(
+        ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows)
+    )
+    stage.log.info(
+        "held-out baselines: unigram %.4f, bigram %.4f nats a token", baselines["unigram"], baselines["bigram"]
+    )
     job = _job(stage, manifest, tokens, rows, baselines["targets"])
     training.train(job, "pretrain", stage.recipe.pretrain.data_cpus, stage.record)
     _export(stage.folder.path)
@@ -46,10 +50,11 @@ def run(stage: StageRun) -> Outcome:
 
 def _same_tokenizer(manifest: dict[str, Any], folder: Path) -> None:
     found = fingerprint(load_tokenizer(folder))
-    if found != manifest["tokenizer_fingerprint"]:
+    made_with = manifest["tokenizer_fingerprint"]
+    if found != made_with:
         raise BadInput(
             Problem(
-                f"the shards were made with tokenizer {manifest['tokenizer_fingerprint'][:12]}, the run has {found[:12]}",
+                f"the shards were made with tokenizer {made_with[:12]}, the run has {found[:12]}",
                 "run the shards stage again",
             )
         )
@@ -119,8 +124,8 @@ def build(shape: Preset, tokenizer: Path, seed: int, saved: Path | None) -> torc
 def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Next-token loss of packed rows, in nats, summed over targets.
 
-    Positions that begin again at 0 in each piece are what isolates the pieces: transformers derives the mask from them,
-    but only without a cache and without an attention mask.
+    Positions that begin again at 0 in each piece are what isolates the pieces: transformers derives the mask from
+    them, but only without a cache and without an attention mask.
     """
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     return next_token_nats(logits, batch["labels"])
@@ -139,32 +144,30 @@ def _export(folder: Path) -> None:
 
 def _outcome(stage: StageRun, manifest: dict[str, Any], baselines: dict[str, float]) -> Outcome:
     records = training.read_lines(stage.folder.path / "metrics.jsonl")
-    loss = training.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"]
-    bits = loss * baselines["targets"] / math.log(2) / baselines["bytes"]
-    per_byte = {name: baselines[name] * baselines["targets"] / math.log(2) / baselines["bytes"] for name in ("unigram", "bigram")}
-    seen = records[-1]["tokens"]
+    nats = {
+        "held_out": training.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"],
+        "bigram": baselines["bigram"],
+        "unigram": baselines["unigram"],
+    }
+    # Nats a target to bits a byte of text: what compares models across tokenizers.
+    bits = {name: loss * baselines["targets"] / math.log(2) / baselines["bytes"] for name, loss in nats.items()}
+    tokens = records[-1]["tokens"]
     parameters = stage.recipe.model.shape.parameters(manifest["vocab_size"])
     return Outcome(
-        read=f"{seen / 1e6:.2f} M tokens ({seen / manifest['train']['tokens']:.2f} epochs)",
+        read=f"{tokens / 1e6:.2f} M tokens ({tokens / manifest['train']['tokens']:.2f} epochs)",
         wrote=f"base model of {parameters / 1e6:.2f} M parameters",
-        figure=(
-            f"held-out loss {loss:.3f} nats, {bits:.3f} bits a byte "
-            f"(bigram {baselines['bigram']:.3f}, {per_byte['bigram']:.3f}; unigram {baselines['unigram']:.3f}, {per_byte['unigram']:.3f})"
-        ),
+        figure=f"held-out loss {nats['held_out']:.3f} nats, {bits['held_out']:.3f} bits a byte "
+        f"(bigram {nats['bigram']:.3f}, {bits['bigram']:.3f}; unigram {nats['unigram']:.3f}, {bits['unigram']:.3f})",
         metrics={
             "steps": len(records),
-            "tokens": seen,
+            "tokens": tokens,
             "parameters": parameters,
             "first_loss": records[0]["loss"],
             "last_loss": records[-1]["loss"],
-            "held_out_loss": loss,
-            "bits_per_byte": bits,
-            "unigram_loss": baselines["unigram"],
-            "bigram_loss": baselines["bigram"],
-            "unigram_bits_per_byte": per_byte["unigram"],
-            "bigram_bits_per_byte": per_byte["bigram"],
             "held_out_targets": baselines["targets"],
             "held_out_bytes": baselines["bytes"],
+            **{f"{name}_loss": loss for name, loss in nats.items()},
+            **{f"{name}_bits_per_byte": value for name, value in bits.items()},
         },
     )
 

@@ -210,7 +210,9 @@ class Recipe(Settings):
 
     name: str = placement(doc="name of the run and of its folder", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = identity(1337, "draws the initial weights and the order of the rows", ge=0, lt=2**32)
-    held_out: float = identity(0.01, "share of the documents kept out of all training, chosen by hash of id", gt=0, le=0.5)
+    held_out: float = identity(
+        0.01, "share of the documents kept out of all training, chosen by hash of id", gt=0, le=0.5
+    )
     openings: tuple[str, ...] = placement(("Once upon a time",), "what `make demo` lets the model complete")
     ingest: IngestSettings = identity(doc="raw sources to documents")
     tokenizer: TokenizerSettings = identity(doc="documents to a tokenizer")
@@ -251,7 +253,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(Problem(f"cannot read the recipe {path}: {error}", "check the path and its permissions")) from None
+        raise BadInput(
+            Problem(f"cannot read the recipe {path}: {error}", "check the path and its permissions")
+        ) from None
     except yaml.YAMLError as error:
         raise BadInput(Problem(f"{path} is not valid YAML: {error}", "correct the line that it names")) from None
     if not isinstance(values, dict):
@@ -295,7 +299,9 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key given twice: {sorted(map(str, twice))}", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key given twice: {sorted(map(str, twice))}", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 

@@ -21,7 +21,8 @@ def show_plan(journey: Journey, as_json: bool) -> None:
     resolved = journey.recipe.model_dump(mode="json")
     if as_json:
         plan = [
-            {"stage": step.stage.name, "runs": step.runs, "why": step.why, **vars(needs[step.stage.name])} for step in steps
+            {"stage": step.stage.name, "runs": step.runs, "why": step.why, **vars(needs[step.stage.name])}
+            for step in steps
         ]
         json.dump({"run": str(journey.run.path), "recipe": resolved, "plan": plan}, sys.stdout, indent=1)
         print()
@@ -31,7 +32,9 @@ def show_plan(journey: Journey, as_json: bool) -> None:
     for step in steps:
         need = needs[step.stage.name]
         disk = f"{need.disk_bytes / 1e6:,.0f} MB"
-        table.add_row(step.stage.name, "yes" if step.runs else "no", step.why, f"{need.cpus:g}", f"{need.gpus:g}", disk)
+        table.add_row(
+            step.stage.name, "yes" if step.runs else "no", step.why, f"{need.cpus:g}", f"{need.gpus:g}", disk
+        )
     Console().print(table)
 
 
@@ -55,11 +58,11 @@ def _table(run: Run, done: dict[str, dict[str, Any]]) -> Table:
 
 def _next(run: Run, done: dict[str, Any]) -> str:
     if NAMES[-1] not in done:
-        return f"next: headwater run {run.name}"
-    return (
-        "what to do next:\n"
-        f"  headwater complete {run.name} 'Once upon a' --top 5   continue a text, with the distribution at each step\n"
-        f"  headwater look tokens {run.name} 'Hello, hello'       how a text splits\n"
-        f"  headwater serve {run.name}                            an OpenAI-compatible API on 127.0.0.1:8000\n"
-        f"  headwater run {run.name} name=mine --set ingest.folder=~/texts   the same from your own text"
-    )
+        return f"next: headwater run {run.path / 'recipe.yaml'}"
+    ways = {
+        f"complete {run.name} 'Once upon a' --top 5": "a text goes on, with the distribution at each step",
+        f"look tokens {run.name} 'Hello, hello'": "how a text splits",
+        f"serve {run.name}": "an OpenAI-compatible API on 127.0.0.1:8000",
+        f"run {run.path / 'recipe.yaml'} name=mine ingest.folder=~/texts": "the same from your own text",
+    }
+    return "what to do next:\n" + "\n".join(f"  headwater {way:<46}  {what}" for way, what in ways.items())

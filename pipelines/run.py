@@ -188,9 +188,13 @@ def _explained(stage: Stage, error: BaseException) -> BaseException:
     if isinstance(cause, HeadwaterError):
         return cause
     if "No space left on device" in str(error):
-        return StageFailed(Problem(f"{stage.name}: the disk is full", "free space where the run lies; the same command goes on"))
+        return StageFailed(
+            Problem(f"{stage.name}: the disk is full", "free space where the run lies; the same command goes on")
+        )
     log.error("%s failed", stage.name, exc_info=error)
-    return StageFailed(Problem(f"{stage.name}: {_last_line(error)}", "the whole traceback is in logs/driver.log of the stage"))
+    return StageFailed(
+        Problem(f"{stage.name}: {_last_line(error)}", "the whole traceback is in logs/driver.log of the stage")
+    )
 
 
 def _last_line(error: BaseException) -> str:

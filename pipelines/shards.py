@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,18 @@ def _tokenize_all(stage: StageRun, target: Path) -> list[dict[str, Any]]:
     parts = documents.parts(stage.input("ingest") / "documents")
     for name in SETS:
         (target / name).mkdir()
-    work = ray.data.from_items([{"number": n, "part": str(part)} for n, part in enumerate(parts)], override_num_blocks=len(parts))
-    settings = stage.recipe.shards
-    tokenized = work.map(
-        _Tokenize(
-            str(target),
-            str(stage.input("tokenizer") / "tokenizer"),
-            stage.recipe.held_out,
-            settings.tokens_per_shard,
-        ),
-        num_cpus=settings.cpus_per_task,
+    work = ray.data.from_items(
+        [{"number": n, "part": str(part)} for n, part in enumerate(parts)], override_num_blocks=len(parts)
     )
+    settings = stage.recipe.shards
+    task = partial(
+        _tokenize,
+        target=target,
+        tokenizer=stage.input("tokenizer") / "tokenizer",
+        held_out=stage.recipe.held_out,
+        tokens_per_shard=settings.tokens_per_shard,
+    )
+    tokenized = work.map(task, num_cpus=settings.cpus_per_task)
     files: list[dict[str, Any]] = []
     with progress("shards", len(parts), "files") as report:
         for done, row in enumerate(tokenized.iter_rows(), start=1):
@@ -67,30 +69,26 @@ def _tokenize_all(stage: StageRun, target: Path) -> list[dict[str, Any]]:
     return sorted(files, key=lambda file: file["name"])
 
 
-@dataclass(frozen=True)
-class _Tokenize:
-    """A task's work on one documents file."""
-
-    target: str
-    tokenizer: str
-    held_out: float
-    tokens_per_shard: int
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        tokenizer = load_tokenizer(self.tokenizer)
-        writers = {name: _ShardWriter(Path(self.target), name, row["number"], self.tokens_per_shard) for name in SETS}
-        for batch in documents.read(Path(row["part"]), ["id", "text", "source"]):
-            for document, ids in _encoded(tokenizer, batch.to_pylist()):
-                kept_out = documents.is_held_out(document["id"], self.held_out)
-                writers["held_out" if kept_out else "train"].add(document, ids, len(tokenizer))
-        return {"files": json.dumps([file for writer in writers.values() for file in writer.close(len(tokenizer))])}
+def _tokenize(
+    row: dict[str, Any], target: Path, tokenizer: Path, held_out: float, tokens_per_shard: int
+) -> dict[str, Any]:
+    """A task's work on one documents file; the manifest's lines of the shards that it wrote."""
+    loaded = load_tokenizer(tokenizer)
+    writers = {name: _ShardWriter(target, name, row["number"], tokens_per_shard) for name in SETS}
+    for batch in documents.read(Path(row["part"]), ["id", "text", "source"]):
+        for document, ids in _encoded(loaded, batch.to_pylist()):
+            kept_out = documents.is_held_out(document["id"], held_out)
+            writers["held_out" if kept_out else "train"].add(document, ids, len(loaded))
+    return {"files": json.dumps([file for writer in writers.values() for file in writer.close(len(loaded))])}
 
 
 def _encoded(tokenizer, rows: list[dict[str, Any]]):
     """Each document with its ids, the end-of-text id last. Special tokens spelt out in text are text."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    for row, encoding in zip(rows, backend.encode_batch_fast([row["text"] for row in rows], add_special_tokens=False), strict=True):
+    for row, encoding in zip(
+        rows, backend.encode_batch_fast([row["text"] for row in rows], add_special_tokens=False), strict=True
+    ):
         yield row, np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint32)
 
 

@@ -12,7 +12,6 @@ from cluster.errors import Problem
 from cluster.runs import Run, StageFolder, canonical_hash, hash_folder
 from pipelines.recipe import Recipe
 
-
 # The journey in order. Here and not where the stages are gathered, so that `--help` need not import them.
 NAMES = ("ingest", "tokenizer", "shards", "pretrain")
 

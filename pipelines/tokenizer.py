@@ -76,7 +76,9 @@ def _check_round_trip(tokenizer) -> None:
     for text in ("Hello, hello!\n\ttab  and  spaces", "naïve café 日本語 🙂 \u200d", "<|endoftext|> spelt out"):
         back = tokenizer.decode(encode_text(tokenizer, text))
         if back != text:
-            raise StageFailed(Problem(f"the tokenizer turns {text!r} into {back!r}", "report this: it must be lossless"))
+            raise StageFailed(
+                Problem(f"the tokenizer turns {text!r} into {back!r}", "report this: it must be lossless")
+            )
 
 
 STAGE = Stage(

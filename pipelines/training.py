@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,6 +134,7 @@ class Trainer:
     tokenizer: Any
     device: torch.device
     step: int
+    held_out: list[Batch] = field(default_factory=list)
 
     @classmethod
     def start(cls, job: Job) -> Trainer:
@@ -207,21 +208,22 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, shard) -> None:
-        """Mean loss over the targets of the held-out rows, in nats, as of the step just taken. Collective."""
+        """Mean loss over the targets of the held-out rows, in nats, as of the step just taken. Collective.
+
+        The rows come through Ray Data the first time and are kept: starting a stream costs seconds.
+        """
+        if not self.held_out:
+            share = self.job.held_out.global_batch // self.job.held_out.workers
+            batches = iter(shard.iter_batches(batch_size=share, batch_format="numpy"))
+            self.held_out = [next_batch(batches, step) for step in range(self.job.held_out.last_step)]
         self.engine.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for step, columns in enumerate(shard.iter_batches(batch_size=self._held_out_share, batch_format="numpy")):
-            batch = next_batch(iter([columns]), step)
-            total += self.job.objective(self.engine, batch.part(0, len(batch.rows), self.device)).double()
+        parts = (batch.part(0, len(batch.rows), self.device) for batch in self.held_out)
+        total = torch.stack([self.job.objective(self.engine, part).double() for part in parts]).sum()
         dist.all_reduce(total)
         self.engine.train()
         if dist.get_rank() == 0:
             loss = total.item() / self.job.facts["held_out_targets"]
             append(self.job.folder / "held_out.jsonl", {"step": self.step - 1, "held_out_loss": loss})
-
-    @property
-    def _held_out_share(self) -> int:
-        return self.job.held_out.global_batch // self.job.held_out.workers
 
     def save(self) -> None:
         """Write a checkpoint of the state after `self.step` steps. Collective."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,8 @@ def _remember(process: psutil.Process, family: dict[int, psutil.Process]) -> lis
 
 @contextmanager
 def _gone_is_fine() -> Iterator[None]:
-    try:
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
         yield
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        pass
 
 
 def training_workers(process: psutil.Process) -> list[psutil.Process]:

@@ -57,7 +57,14 @@ def test_packed_pieces_equal_the_pieces_alone():
 
 @pytest.mark.parametrize(
     ("step", "decay", "expected"),
-    [(0, "cosine", 0.1), (9, "cosine", 1.0), (10, "cosine", 1.0), (99, "cosine", 0.2), (99, "linear", 0.2), (99, "none", 1.0)],
+    [
+        (0, "cosine", 0.1),
+        (9, "cosine", 1.0),
+        (10, "cosine", 1.0),
+        (99, "cosine", 0.2),
+        (99, "linear", 0.2),
+        (99, "none", 1.0),
+    ],
 )
 def test_learning_rate_at_the_corners(step, decay, expected):
     rate = learning_rate(step, peak=1.0, warmup_steps=10, steps=100, decay=decay, final=0.2)

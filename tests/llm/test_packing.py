@@ -28,7 +28,11 @@ def test_pack_cuts_a_row_every_four_tokens():
 def test_pack_uses_every_token_once(row_tokens):
     lengths = np.random.default_rng(0).integers(1, 50, size=200)
     index = pack(lengths, row_tokens)
-    taken = {(int(d), int(s) + k) for d, s, n in zip(index.document, index.start, index.length, strict=True) for k in range(n)}
+    taken = {
+        (int(d), int(s) + k)
+        for d, s, n in zip(index.document, index.start, index.length, strict=True)
+        for k in range(n)
+    }
     assert len(taken) == index.length.sum() == lengths.sum()
     per_row = np.bincount(index.row, index.length)
     assert (per_row[:-1] == row_tokens).all()

@@ -28,7 +28,16 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(
-    "text", ["Hello", " two  spaces\t\n\r\n", "naïve 日本語 🙂", "\x00\x7f", "<|endoftext|><|user|> as text", "\u200d\ufeff", ""]
+    "text",
+    [
+        "Hello",
+        " two  spaces\t\n\r\n",
+        "naïve 日本語 🙂",
+        "\x00\x7f",
+        "<|endoftext|><|user|> as text",
+        "\u200d\ufeff",
+        "",
+    ],
 )
 def test_round_trip_loses_nothing(tokenizer, text):
     assert tokenizer.decode(encode_text(tokenizer, text)) == text

@@ -84,7 +84,8 @@ def test_a_ray_job_needs_an_absolute_root(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(StageFailed(Problem("what", "do this")), 4), (Stopped("asked to"), 5), (KeyboardInterrupt(), 5)]
+    ("error", "code"),
+    [(StageFailed(Problem("what", "do this")), 4), (Stopped("asked to"), 5), (KeyboardInterrupt(), 5)],
 )
 def test_exit_codes(monkeypatch, capsys, error, code):
     def fail(chosen):
@@ -95,7 +96,13 @@ def test_exit_codes(monkeypatch, capsys, error, code):
 
 
 def test_every_verb_has_help(capsys):
-    for words in (["--help"], ["run", "--help"], ["complete", "--help"], ["look", "tokens", "--help"], ["serve", "--help"]):
+    for words in (
+        ["--help"],
+        ["run", "--help"],
+        ["complete", "--help"],
+        ["look", "tokens", "--help"],
+        ["serve", "--help"],
+    ):
         with pytest.raises(SystemExit) as exit_:
             command.main(words)
         assert exit_.value.code == 0

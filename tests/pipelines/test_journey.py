@@ -7,7 +7,6 @@ import math
 import signal
 from pathlib import Path
 
-
 import pytest
 
 from llm.order import batch_rows
@@ -39,7 +38,7 @@ def test_the_model_beats_the_table_of_counts(micro):
     assert figures["held_out_loss"] < figures["unigram_loss"] - 0.2
     assert figures["last_loss"] < figures["first_loss"] - 1
     expected = figures["held_out_loss"] * figures["held_out_targets"] / math.log(2) / figures["held_out_bytes"]
-    assert figures["bits_per_byte"] == pytest.approx(expected)
+    assert figures["held_out_bits_per_byte"] == pytest.approx(expected)
 
 
 def test_the_ledger_proves_the_order(micro):
@@ -55,7 +54,11 @@ def test_held_out_documents_are_in_no_training_shard(micro):
     from llm.shardfile import read_arrow
 
     ids = {
-        name: {one for path in (micro / "shards/tokens" / name).glob("shard-*") for one in read_arrow(path)["id"].to_pylist()}
+        name: {
+            one
+            for path in (micro / "shards/tokens" / name).glob("shard-*")
+            for one in read_arrow(path)["id"].to_pylist()
+        }
         for name in ("train", "held_out")
     }
     assert ids["held_out"]
@@ -197,5 +200,6 @@ def test_a_changed_setting_keeps_what_it_replaces(micro, before_pretrain):
     assert len(list((before_pretrain / ".previous").glob("tokenizer-*"))) == 1
     back = resume(before_pretrain, "--to", "tokenizer")
     assert back.returncode == 0, back.stderr
-    assert done(before_pretrain, "tokenizer")["finished"] == done(micro, "tokenizer")["finished"], "taken back, not made anew"
-
+    assert done(before_pretrain, "tokenizer")["finished"] == done(micro, "tokenizer")["finished"], (
+        "taken back, not made anew"
+    )
