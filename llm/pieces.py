@@ -54,6 +54,11 @@ def visible(text: str) -> str:
     return "".join(_visible_character(letter) for letter in text)
 
 
+def harmless(text: str) -> str:
+    """`text` as a terminal may get it: its lines and spaces as they are, other control characters drawn."""
+    return "".join(letter if letter in "\n\t " else visible(letter) for letter in text)
+
+
 def _visible_character(letter: str) -> str:
     drawn = {" ": "·", "\n": "⏎", "\t": "⇥", "\x7f": "␡"}.get(letter)
     if drawn:

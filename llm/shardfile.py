@@ -1,6 +1,7 @@
 """Token shards: Arrow files of documents as token ids, mapped into memory rather than read.
 
-A shard set is a folder: `shard-*.arrow` (columns `id` and `tokens`, one row a document) and `packing.arrow`.
+A shard set is a folder: `shard-*.arrow` (columns `id`, `tokens` and, where a token's label is not the token itself,
+`labels`; one row a document) and `packing.arrow`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ def id_type(vocab_size: int) -> pa.DataType:
     return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
 
 
-def write_shard(path: Path, ids: list[str], documents: list[np.ndarray], vocab_size: int) -> None:
-    """Write one shard. `documents[i]` holds the token ids of document `ids[i]`."""
+def write_shard(
+    path: Path,
+    ids: list[str],
+    documents: list[np.ndarray],
+    vocab_size: int,
+    labels: list[np.ndarray] | None = None,
+) -> None:
+    """Write one shard. `documents[i]` holds the token ids of document `ids[i]`, `labels[i]` a label for each."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum([len(document) for document in documents])]), pa.int64())
     values = pa.array(np.concatenate(documents), type=id_type(vocab_size))
-    offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])]).astype(np.int64)
-    tokens = pa.LargeListArray.from_arrays(pa.array(offsets), values)
-    table = pa.table({"id": pa.array(ids), "tokens": tokens})
+    table = pa.table({"id": pa.array(ids), "tokens": pa.LargeListArray.from_arrays(offsets, values)})
+    if labels is not None:
+        flat = pa.array(np.concatenate(labels), pa.int32())
+        table = table.append_column("labels", pa.LargeListArray.from_arrays(offsets, flat))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_batch(table.combine_chunks().to_batches()[0])
 
@@ -39,6 +48,10 @@ class Shards:
         lists = [table.column("tokens").chunk(0) for table in tables]
         self._values = [part.values.to_numpy() for part in lists]
         self._offsets = [part.offsets.to_numpy() for part in lists]
+        self._labels = [
+            table.column("labels").chunk(0).values.to_numpy() if "labels" in table.column_names else values
+            for table, values in zip(tables, self._values, strict=True)
+        ]
         self._first = np.cumsum([0] + [len(part) for part in lists])
 
     @property
@@ -51,9 +64,17 @@ class Shards:
 
     def tokens(self, document: int, start: int, length: int) -> np.ndarray:
         """Ids `start` to `start + length` of a document, without copying."""
-        shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        begin = int(self._offsets[shard][document - self._first[shard]]) + start
+        shard, begin = self._find(document, start)
         return self._values[shard][begin : begin + length]
+
+    def labels(self, document: int, start: int, length: int) -> np.ndarray:
+        """The labels of those ids, which are the ids themselves unless the set says otherwise."""
+        shard, begin = self._find(document, start)
+        return self._labels[shard][begin : begin + length]
+
+    def _find(self, document: int, start: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._first, document, side="right")) - 1
+        return shard, int(self._offsets[shard][document - self._first[shard]]) + start
 
     def flat(self, limit: int) -> np.ndarray:
         """The first `limit` ids of the set, document after document."""

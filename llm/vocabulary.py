@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llm.pieces import Pieces
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -116,7 +118,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """How many bytes of text each id stands for; 0 for special tokens. Shape (vocab_size,), int64."""
-    special = set(tokenizer.all_special_ids)
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    # In byte-level BPE each character of a piece is one byte, mapped to a printable letter.
-    return np.array([0 if i in special else len(piece) for i, piece in enumerate(pieces)], dtype=np.int64)
+    pieces = Pieces(tokenizer)
+    lengths = np.array([len(pieces.bytes(token)) for token in range(len(tokenizer))], dtype=np.int64)
+    lengths[tokenizer.all_special_ids] = 0
+    return lengths

@@ -15,6 +15,7 @@ from cluster.errors import BadInput, HeadwaterError, Problem, Stopped
 from cluster.runs import Run, find_run, runs_root
 
 RUN_HELP = "a run's name or folder"
+WRITERS = ("pretrain", "sft", "rlhf")  # stages whose model writes text
 DEFAULT_OPENINGS = ("Once upon a time",)
 MODEL_HELP = "a run's name or folder, or any Hugging Face model folder"
 
@@ -87,12 +88,21 @@ def complete(chosen: argparse.Namespace) -> None:
     from pipelines.complete import complete as complete_prompt
 
     complete_prompt(
-        model_folder(chosen.model, runs_root(chosen.runs)),
+        model_folder(chosen.model, runs_root(chosen.runs), chosen.stage),
         chosen.prompt,
         params=_sampling(chosen),
         top=chosen.top,
         as_json=chosen.json,
     )
+
+
+def chat(chosen: argparse.Namespace) -> None:
+    """Talk with a model, or with a service."""
+    from pipelines.chat import chat as talk
+
+    remote = chosen.target.startswith(("http://", "https://"))
+    target = chosen.target if remote else model_folder(chosen.target, runs_root(chosen.runs), chosen.stage)
+    talk(target, params=_sampling(chosen), model_name=chosen.model_name, system=chosen.system)
 
 
 def look_tokens(chosen: argparse.Namespace) -> None:
@@ -105,10 +115,10 @@ def look_tokens(chosen: argparse.Namespace) -> None:
 def serve(chosen: argparse.Namespace) -> None:
     """Deploy a model on Ray Serve until stopped."""
     from cluster.local import ray_session
-    from pipelines.recipe import ClusterSettings
+    from pipelines.schema import ClusterSettings
 
     root = runs_root(chosen.runs)
-    folder, recipe = model_folder(chosen.model, root), _recipe_of(chosen.model, root)
+    folder, recipe = model_folder(chosen.model, root, chosen.stage), _recipe_of(chosen.model, root)
     settings = _serve_settings(chosen, recipe)
     where = recipe.cluster if recipe else ClusterSettings()
     with ray_session(where.address, where.object_store_mb) as local:
@@ -126,22 +136,26 @@ def serve(chosen: argparse.Namespace) -> None:
             insecure=chosen.insecure,
         )
         try:
-            _use(address, name, recipe.openings if recipe else DEFAULT_OPENINGS, chosen.trial)
+            _use(address, name, chosen, recipe)
         finally:
             if not local:
                 app.stop()
 
 
-def _use(address: str, name: str, openings: tuple[str, ...], trial: bool) -> None:
-    """Complete the openings over HTTP, or leave the service to its clients."""
-    from pipelines import trial as trials
+def _use(address: str, name: str, chosen: argparse.Namespace, recipe: Any) -> None:
+    """Try the service over HTTP, or leave it to its clients."""
+    from pipelines import trial
 
-    trials.wait_until_ready(address)
-    if trial:
-        trials.complete_openings(address, name, openings)
-        return
-    print(f"{name} is served at {address} (Ctrl-C stops it); try:\n{trials.example(address, name)}", flush=True)
-    signal.pause()
+    trial.wait_until_ready(address)
+    if not chosen.trial:
+        print(f"{name} is served at {address} (Ctrl-C stops it); try:\n{trial.example(address, name)}", flush=True)
+        signal.pause()
+    root = runs_root(chosen.runs)
+    others = {stage: path for stage in ("pretrain", "sft") if (path := _made_by(stage, chosen.model, root))}
+    if recipe and "sft" in others:
+        trial.ask_questions(address, name, recipe.questions, others)
+    else:
+        trial.complete_openings(address, name, recipe.openings if recipe else DEFAULT_OPENINGS)
 
 
 # What arguments mean
@@ -162,16 +176,28 @@ def _journey(chosen: argparse.Namespace, first: str, last: str) -> Any:
     return Journey(recipe, Run(runs_root(chosen.runs) / recipe.name), first, last, chosen.verify)
 
 
-def model_folder(name_or_path: str, root: Path) -> Path:
-    """The Hugging Face folder that RUN|MODEL means."""
+def model_folder(name_or_path: str, root: Path, stage: str | None = None) -> Path:
+    """The Hugging Face folder that RUN|MODEL means; of a run, what `stage` made, or else the last stage done."""
     direct = Path(name_or_path).expanduser()
     if (direct / "config.json").is_file():
         return direct.absolute()
+    for name in [stage] if stage else reversed(WRITERS):
+        if folder := _made_by(name, name_or_path, root):
+            return folder
     found = find_run(name_or_path, root)
-    folder = found.stage("pretrain").path / "model"
-    if found.stage("pretrain").done() is None or not folder.is_dir():
-        raise BadInput(Problem(f"run '{found.name}' has no finished model yet", f"headwater run {found.name}"))
-    return folder
+    raise BadInput(
+        Problem(
+            f"run '{found.name}' has no finished model of {stage or 'any stage'} yet", f"headwater report {found.name}"
+        )
+    )
+
+
+def _made_by(stage: str, run: str, root: Path) -> Path | None:
+    """The model that a stage of a run has finished, if there is one."""
+    if (Path(run).expanduser() / "config.json").is_file():
+        return None
+    folder = find_run(run, root).stage(stage)
+    return folder.path / "model" if folder.done() else None
 
 
 def tokenizer_folder(name_or_path: str, root: Path) -> Path:
@@ -201,7 +227,7 @@ def _model_name(name_or_path: str) -> str:
 
 
 def _serve_settings(chosen: argparse.Namespace, recipe: Any) -> Any:
-    from pipelines.recipe import ServeSettings
+    from pipelines.schema import ServeSettings
     from pipelines.settings import check
 
     values = (recipe.serve if recipe else ServeSettings()).model_dump()
@@ -217,7 +243,7 @@ def _sampling(chosen: argparse.Namespace) -> Any:
     try:
         return SamplingParams(**{**values, "stop": tuple(chosen.stop)})
     except ValueError as error:
-        raise BadInput(Problem(str(error), "see headwater complete --help")) from None
+        raise BadInput(Problem(str(error), "see --help")) from None
 
 
 # The parser
@@ -235,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_stage(verbs, name)
     _add_report(verbs)
     _add_complete(verbs)
+    _add_chat(verbs)
     _add_serve(verbs)
     _add_look(verbs)
     return parser
@@ -278,21 +305,38 @@ def _add_report(verbs: Any) -> None:
 
 def _add_complete(verbs: Any) -> None:
     parser = _verb(verbs, "complete", complete, "continue a prompt, token by token")
-    parser.add_argument("model", metavar="RUN|MODEL", help=MODEL_HELP)
+    _add_model(parser, "model", MODEL_HELP)
     parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write, at most")
+    _add_sampling(parser, max_new_tokens=64)
+    parser.add_argument("--top", type=int, default=0, metavar="N", help="show the N likeliest tokens at each step")
+
+
+def _add_chat(verbs: Any) -> None:
+    parser = _verb(verbs, "chat", chat, "talk with a model, with history; /new forgets it, /quit ends")
+    _add_model(parser, "target", f"{MODEL_HELP}; or the address of a service, http://HOST:PORT/v1")
+    parser.add_argument("--model-name", help="which of the service's models (the first)")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt, never forgotten")
+    _add_sampling(parser, max_new_tokens=48)
+
+
+def _add_model(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    parser.add_argument(name, metavar="RUN|MODEL", help=text)
+    parser.add_argument("--stage", choices=WRITERS, help="whose model of a run (the last one that is done)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="tokens to write, at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens, 0 from all")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     parser.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text")
-    parser.add_argument("--top", type=int, default=0, metavar="N", help="show the N likeliest tokens at each step")
 
 
 def _add_serve(verbs: Any) -> None:
     parser = _verb(verbs, "serve", serve, "deploy a model on Ray Serve with an OpenAI-compatible API")
-    parser.add_argument("model", metavar="RUN|MODEL", help=MODEL_HELP)
+    _add_model(parser, "model", MODEL_HELP)
     parser.add_argument("--host", help="address to listen on (the recipe's serve.host, else 127.0.0.1)")
     parser.add_argument("--port", type=int, help="TCP port (the recipe's serve.port, else 8000)")
     parser.add_argument("--replicas", type=int, help="generation replicas (the recipe's serve.replicas, else 1)")
@@ -300,7 +344,7 @@ def _add_serve(verbs: Any) -> None:
     parser.add_argument(
         "--insecure", action="store_true", help="listen on a public address although there are no keys"
     )
-    parser.add_argument("--trial", action="store_true", help="complete the recipe's openings over HTTP, then stop")
+    parser.add_argument("--trial", action="store_true", help="ask the recipe's questions over HTTP, then stop")
 
 
 def _add_look(verbs: Any) -> None:

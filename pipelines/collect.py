@@ -39,7 +39,7 @@ from cluster.errors import BadInput, Problem, StageFailed
 from cluster.progress import Report
 from cluster.runs import canonical_hash
 from llm.files import hash_file
-from pipelines.recipe import Source
+from pipelines.schema import Source
 
 PACKAGE, STDLIB, PYDOC = "package:", "stdlib:", "pydoc:"
 

@@ -34,7 +34,8 @@ from cluster.errors import BadInput, Problem, StageFailed, Stopped
 from cluster.progress import progress
 from pipelines.collect import SourceFile, crawl_pydoc, fingerprint, is_crawled, pages_wanted, resolve
 from pipelines.readers import Bounds, Document, Dropped, Origin, read_file
-from pipelines.recipe import Recipe, Source
+from pipelines.recipe import Recipe
+from pipelines.schema import Source
 from pipelines.stage import Demand, Outcome, Stage, StageRun
 
 # A group holds a 64th of all bytes, so that many CPUs share a small corpus, within these bounds.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from llm.presets import Preset, build_model, llama_config
 from llm.vocabulary import fingerprint, load_tokenizer
 from pipelines import training
 from pipelines.recipe import Recipe
-from pipelines.stage import Demand, Outcome, Stage, StageRun
+from pipelines.stage import Outcome, Stage, StageRun
 from pipelines.stream import HeldOutRows, RowStream
 
 COUNTED_TOKENS = 20_000_000  # of the training text, for the unigram and bigram tables
@@ -43,8 +42,8 @@ def run(stage: StageRun) -> Outcome:
         "held-out baselines: unigram %.4f, bigram %.4f nats a token", baselines["unigram"], baselines["bigram"]
     )
     job = _job(stage, manifest, tokens, rows, baselines["targets"])
-    training.train(job, "pretrain", stage.recipe.pretrain.data_cpus, stage.record)
-    _export(stage.folder.path)
+    training.train(job, "pretrain", stage.record)
+    training.export(stage.folder.path)
     return _outcome(stage, manifest, baselines)
 
 
@@ -89,25 +88,8 @@ def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, tar
         build=partial(build, recipe.model.shape, tokenizer, recipe.seed),
         objective=next_token_objective,
         tokenizer=tokenizer,
-        stream=RowStream(
-            folder=str(tokens / "train"),
-            pad_id=manifest["pad_id"],
-            global_batch=settings.global_batch,
-            workers=settings.workers,
-            first_step=0,
-            last_step=settings.steps,
-            seed=recipe.seed,
-        ),
-        held_out=HeldOutRows(
-            folder=str(tokens / "held_out"),
-            pad_id=manifest["pad_id"],
-            global_batch=settings.forward_rows * settings.workers,
-            workers=settings.workers,
-            first_step=0,
-            last_step=math.ceil(rows / (settings.forward_rows * settings.workers)),
-            seed=0,
-            num_rows=rows,
-        ),
+        stream=RowStream.of(tokens / "train", manifest["pad_id"], settings, recipe.seed),
+        held_out=HeldOutRows.first(rows, tokens / "held_out", manifest["pad_id"], settings),
         facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": targets},
     )
 
@@ -129,17 +111,6 @@ def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor])
     """
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     return next_token_nats(logits, batch["labels"])
-
-
-def _export(folder: Path) -> None:
-    """The newest checkpoint's model as STAGE/model."""
-    newest = training.checkpoints.newest(folder / "checkpoints")
-    assert newest is not None, "training ended without a checkpoint"
-    partial_folder = folder / ".partial-model"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    shutil.copytree(newest.model, partial_folder)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    partial_folder.rename(folder / "model")
 
 
 def _outcome(stage: StageRun, manifest: dict[str, Any], baselines: dict[str, float]) -> Outcome:
@@ -176,24 +147,12 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     return {"seed": recipe.seed, "model": recipe.model.identity(), **recipe.pretrain.identity()}
 
 
-def _demand(recipe: Recipe) -> Demand:
-    settings = recipe.pretrain
-    parameters = recipe.model.shape.parameters(recipe.tokenizer.vocab_size)
-    # A checkpoint holds fp32 weights and two moments (12 bytes a parameter) and the model; one more is being written.
-    checkpoint = parameters * (12 + (4 if settings.dtype == "fp32" else 2))
-    return Demand(
-        cpus=settings.workers * settings.cpus_per_worker + settings.data_cpus,
-        gpus=settings.workers * settings.gpus_per_worker,
-        disk_bytes=checkpoint * (settings.keep_checkpoints + 2),
-    )
-
-
 STAGE = Stage(
     name="pretrain",
     version=1,
     needs=("tokenizer", "shards"),
     artefacts=("model",),
     identity=_identity,
-    demand=_demand,
+    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.vocab_size), recipe.pretrain),
     run=run,
 )

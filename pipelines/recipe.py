@@ -1,208 +1,32 @@
-"""The recipe: every setting of a run, typed, with its unit, its default and its sort (identity or placement)."""
+"""The recipe: all settings of a run, from a YAML file and the command line, checked before anything starts."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
 from cluster.errors import BadInput, Problem
-from llm.presets import PRESETS, Preset
-from llm.schedules import learning_rate
-from llm.vocabulary import SMALLEST_VOCABULARY
+from pipelines.alignment import EvaluateSettings, RankSettings
+from pipelines.schema import (
+    ClusterSettings,
+    IngestSettings,
+    ModelSettings,
+    PretrainSettings,
+    RewardSettings,
+    RlhfSettings,
+    ServeSettings,
+    SftSettings,
+    ShardsSettings,
+    TokenizerSettings,
+    TrackingSettings,
+)
 from pipelines.settings import Settings, check, identity, placement
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class Source(Settings):
-    """One body of raw text."""
-
-    name: str = identity(doc="short name that every document of it carries", pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    kind: Literal["book", "article", "web", "code", "auto"] = identity(
-        "auto", "what the files are; 'auto' decides by each file's suffix"
-    )
-    path: str = placement(
-        doc="a folder or file; 'package:NAME/FOLDER' inside an installed package; 'stdlib:' for the source of "
-        "Python's standard library; 'pydoc:' for its documentation, crawled from a server on loopback"
-    )
-    licence: str = identity("unknown", "licence of the text, carried by every document")
-    include: tuple[str, ...] = identity((), "glob patterns of the file names to take, all when empty")
-    max_files: int | None = identity(None, "take at most this many files (or crawled pages)", ge=1)
-
-
-class IngestSettings(Settings):
-    """Raw sources to documents."""
-
-    folder: str | None = placement(None, "your own folder of text, HTML, WARC or code; replaces `sources`")
-    sources: tuple[Source, ...] = identity((), "bodies of raw text")
-    min_characters: int = identity(32, "documents shorter than this are dropped, with the reason", ge=1)
-    max_characters: int = identity(
-        1_000_000, "longer documents are cut into pieces of at most this many characters", ge=1_000
-    )
-    cpus_per_task: float = placement(0.5, "CPUs that a reading task claims", gt=0)
-
-    @field_validator("sources")
-    @classmethod
-    def _names_differ(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        names = [source.name for source in sources]
-        if len(set(names)) < len(names):
-            raise ValueError("source names must differ")
-        return sources
-
-    @model_validator(mode="after")
-    def _has_something(self) -> IngestSettings:
-        if not self.sources and not self.folder:
-            raise ValueError("nothing to read: give 'folder' or at least one of 'sources'")
-        return self
-
-    def chosen(self) -> tuple[Source, ...]:
-        """The sources to read: the user's folder when there is one."""
-        if self.folder is None:
-            return self.sources
-        return (Source(name="folder", kind="auto", path=self.folder),)
-
-    def identity(self) -> dict[str, Any]:
-        """With a folder given, the folder's content is what counts, not the sources that it replaces."""
-        own = super().identity()
-        return own if self.folder is None else {**own, "sources": [source.identity() for source in self.chosen()]}
-
-
-class TokenizerSettings(Settings):
-    """Documents to a byte-level BPE tokenizer."""
-
-    vocab_size: int = identity(32_768, "token ids, special tokens included", ge=SMALLEST_VOCABULARY, le=1_000_000)
-    sample_bytes: int = identity(
-        1_000_000_000, "bytes of text to learn the merges from, spread over all documents", ge=1_000
-    )
-    cpus: float = placement(1, "CPUs that the training task claims", gt=0)
-
-
-class ShardsSettings(Settings):
-    """Documents to token shards and the packing index."""
-
-    sequence_length: int = identity(2048, "tokens in a row (one training sequence)", ge=8)
-    tokens_per_shard: int = identity(16_000_000, "tokens after which a new shard file is begun", ge=1_000)
-    cpus_per_task: float = placement(0.5, "CPUs that a tokenizing task claims", gt=0)
-
-
-class ModelSettings(Settings):
-    """The shape of the model."""
-
-    preset: str = identity("tiny", f"one of {', '.join(PRESETS)}")
-
-    @field_validator("preset")
-    @classmethod
-    def _known(cls, preset: str) -> str:
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset, known are {', '.join(PRESETS)}")
-        return preset
-
-    @property
-    def shape(self) -> Preset:
-        return PRESETS[self.preset]
-
-    def identity(self) -> dict[str, Any]:
-        """The numbers, not the name: a preset that is redefined is another model."""
-        return asdict(self.shape)
-
-
-class TrainingSettings(Settings):
-    """What every stage that trains under Ray Train and DeepSpeed needs to know."""
-
-    steps: int = identity(doc="optimizer steps", ge=1)
-    global_batch: int = identity(doc="rows in one optimizer step, over all workers", ge=1)
-    learning_rate: float = identity(3e-4, "peak of the schedule", gt=0)
-    warmup_steps: int = identity(100, "steps of linear warm-up", ge=0)
-    decay: Literal["cosine", "linear", "none"] = identity("cosine", "how the rate falls after the warm-up")
-    final_learning_rate: float = identity(0.1, "share of the peak at the last step", ge=0, le=1)
-    weight_decay: float = identity(0.1, "decoupled decay of matrices (not of norms)", ge=0)
-    beta1: float = identity(0.9, "AdamW's first-moment decay", ge=0, lt=1)
-    beta2: float = identity(0.95, "AdamW's second-moment decay", ge=0, lt=1)
-    clip_norm: float = identity(1.0, "largest gradient norm, 0 for no clipping", ge=0)
-    dtype: Literal["fp32", "bf16"] = identity("bf16", "compute precision; optimizer state is fp32 in either")
-    held_out_rows: int = identity(4096, "held-out rows to evaluate on, at most", ge=1)
-
-    workers: int = placement(1, "training processes", ge=1)
-    cpus_per_worker: float = placement(1, "CPUs that a worker claims; leave Ray Data a share", gt=0)
-    gpus_per_worker: float = placement(0, "GPUs that a worker claims", ge=0)
-    threads: int = placement(1, "compute threads of a worker on CPU", ge=1)
-    micro_batch: int = placement(8, "rows in one forward pass of a worker", ge=1)
-    zero_stage: Literal[1, 2, 3] = placement(2, "what ZeRO shards: 1 optimizer, 2 and gradients, 3 and weights")
-    data_cpus: float = placement(0.25, "CPUs that a Ray Data reading task claims", gt=0)
-    save_every: int = placement(500, "steps between checkpoints", ge=1)
-    keep_checkpoints: int = placement(2, "newest checkpoints to keep", ge=1)
-    evaluate_every: int | None = placement(None, "steps between held-out evaluations, only the last when null", ge=1)
-    max_failures: int = placement(3, "worker-group restarts before the stage gives up", ge=0)
-
-    @model_validator(mode="after")
-    def _batch_divides(self) -> TrainingSettings:
-        if self.global_batch % self.workers:
-            raise ValueError(
-                f"global_batch must be a multiple of workers: {self.global_batch} rows over {self.workers} workers"
-            )
-        rows = self.global_batch // self.workers
-        if rows % min(self.micro_batch, rows):
-            raise ValueError(f"a worker's {rows} rows must be a multiple of micro_batch, which is {self.micro_batch}")
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> TrainingSettings:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps}")
-        return self
-
-    def rate(self, step: int) -> float:
-        """Learning rate at `step`, counted from 0."""
-        return learning_rate(
-            step,
-            peak=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            steps=self.steps,
-            decay=self.decay,
-            final=self.final_learning_rate,
-        )
-
-    @property
-    def rows_per_worker(self) -> int:
-        return self.global_batch // self.workers
-
-    @property
-    def forward_rows(self) -> int:
-        """Rows in one forward pass: the micro-batch, or all of a worker's rows when those are fewer."""
-        return min(self.micro_batch, self.rows_per_worker)
-
-
-class PretrainSettings(TrainingSettings):
-    """Token shards to a base model, by next-token prediction."""
-
-
-class ServeSettings(Settings):
-    """The service."""
-
-    host: str = placement("127.0.0.1", "address to listen on")
-    port: int = placement(8000, "TCP port", ge=1, le=65535)
-    replicas: int = placement(1, "generation replicas", ge=1)
-    cpus_per_replica: float = placement(0.5, "CPUs that a replica claims", gt=0)
-    slots: int = placement(8, "requests that one replica generates for at once", ge=1)
-
-
-class ClusterSettings(Settings):
-    """Where Ray is."""
-
-    address: str | None = placement(None, "a running Ray cluster; null joins RAY_ADDRESS or starts a local one")
-    object_store_mb: int = placement(512, "object store of a local Ray, MiB", ge=80)
-
-
-class TrackingSettings(Settings):
-    """Weights & Biases."""
-
-    enabled: bool = placement(True, "log to W&B: offline unless WANDB_API_KEY is set")
-    project: str = placement("headwater", "W&B project")
 
 
 class Recipe(Settings):
@@ -213,12 +37,18 @@ class Recipe(Settings):
     held_out: float = identity(
         0.01, "share of the documents kept out of all training, chosen by hash of id", gt=0, le=0.5
     )
-    openings: tuple[str, ...] = placement(("Once upon a time",), "what `make demo` lets the model complete")
+    openings: tuple[str, ...] = placement(("Once upon a time",), "what `serve --trial` lets a base model complete")
+    questions: tuple[str, ...] = placement(("Hello, how are you?",), "what `serve --trial` asks a chat model")
     ingest: IngestSettings = identity(doc="raw sources to documents")
     tokenizer: TokenizerSettings = identity(doc="documents to a tokenizer")
     shards: ShardsSettings = identity(doc="documents to token shards")
     model: ModelSettings = identity(doc="shape of the model")
     pretrain: PretrainSettings = identity(doc="token shards to a base model")
+    sft: SftSettings = identity(doc="demonstrations to a chat model")
+    rank: RankSettings = identity(RankSettings(), "prompts to ranked answers")
+    reward: RewardSettings = identity(doc="rankings to a reward model")
+    rlhf: RlhfSettings = identity(doc="chat model to policy")
+    evaluate: EvaluateSettings = identity(EvaluateSettings(), "base, chat and policy side by side")
     serve: ServeSettings = placement(ServeSettings(), "the service")
     cluster: ClusterSettings = placement(ClusterSettings(), "where Ray is")
     wandb: TrackingSettings = placement(TrackingSettings(), "dashboards")

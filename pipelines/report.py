@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.runs import Run
-from pipelines.run import NAMES, Journey
+from pipelines.run import Journey
+from pipelines.stage import NAMES
 
 
 def show_plan(journey: Journey, as_json: bool) -> None:

@@ -21,11 +21,21 @@ from cluster.progress import console, log_to
 from cluster.runs import SCHEMA_VERSION, Run, StageFolder, canonical_hash, read_json
 from cluster.tracking import Tracker
 from llm.files import hash_file, write_json
-from pipelines import ingest, pretrain, shards, tokenizer
+from pipelines import evaluate, ingest, pretrain, rank, reward, rlhf, sft, shards, tokenizer
 from pipelines.recipe import Recipe
 from pipelines.stage import NAMES, Outcome, Stage, StageRun
 
-STAGES: tuple[Stage, ...] = (ingest.STAGE, tokenizer.STAGE, shards.STAGE, pretrain.STAGE)
+STAGES: tuple[Stage, ...] = (
+    ingest.STAGE,
+    tokenizer.STAGE,
+    shards.STAGE,
+    pretrain.STAGE,
+    sft.STAGE,
+    rank.STAGE,
+    reward.STAGE,
+    rlhf.STAGE,
+    evaluate.STAGE,
+)
 assert tuple(stage.name for stage in STAGES) == NAMES
 
 log = logging.getLogger("headwater")

@@ -13,7 +13,7 @@ from cluster.runs import Run, StageFolder, canonical_hash, hash_folder
 from pipelines.recipe import Recipe
 
 # The journey in order. Here and not where the stages are gathered, so that `--help` need not import them.
-NAMES = ("ingest", "tokenizer", "shards", "pretrain")
+NAMES = ("ingest", "tokenizer", "shards", "pretrain", "sft", "rank", "reward", "rlhf", "evaluate")
 
 
 @dataclass(frozen=True)

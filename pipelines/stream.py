@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ from ray.data.extensions import ArrowTensorArray
 
 from llm.order import batch_rows
 from llm.packing import RowReader
+from pipelines.schema import TrainingSettings
 
 BLOCK_BYTES = 8 << 20  # of one worker's rows in one span: far below Ray Data's block size, which would be cut
 
@@ -38,6 +40,11 @@ class RowStream:
     first_step: int
     last_step: int
     seed: int
+
+    @classmethod
+    def of(cls, folder: Path, pad_id: int, settings: TrainingSettings, seed: int) -> RowStream:
+        """All steps of a training stage."""
+        return cls(str(folder), pad_id, settings.global_batch, settings.workers, 0, settings.steps, seed)
 
     @property
     def _reader(self) -> RowReader:
@@ -81,6 +88,16 @@ class HeldOutRows(RowStream):
     """The first `num_rows` rows of a held-out set, in order, filled up with empty rows to whole batches."""
 
     num_rows: int = 0
+
+    @classmethod
+    def first(cls, num_rows: int, folder: Path, pad_id: int, settings: TrainingSettings) -> HeldOutRows:
+        """The first `num_rows` rows of the set in `folder`, a forward pass of every worker at a time."""
+        batch = settings.forward_rows * settings.workers
+        return cls(str(folder), pad_id, batch, settings.workers, 0, math.ceil(num_rows / batch), 0, num_rows)
+
+    def targets(self) -> int:
+        """How many tokens of these rows carry loss."""
+        return int(self._reader.index.targets(np.arange(self.num_rows)).sum())
 
     def rows_of_batch(self, step: int) -> np.ndarray:
         rows = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -32,7 +33,8 @@ from llm import checkpoint as checkpoints
 from llm import zero
 from llm.checkpoint import Checkpoint
 from llm.vocabulary import load_tokenizer
-from pipelines.recipe import TrainingSettings
+from pipelines.schema import TrainingSettings
+from pipelines.stage import Demand
 from pipelines.stream import HeldOutRows, RowStream
 
 WRITER_WAIT_S = 60.0
@@ -43,6 +45,8 @@ log = logging.getLogger("headwater")
 Objective = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 # Builds the model before the first checkpoint exists, or loads it from a checkpoint's folder.
 Build = Callable[[Path | None], torch.nn.Module]
+# Turns a batch of the stream, at a step, into the batch that is trained on: what reinforcement learning does.
+Experience = Callable[["Batch", int], "Batch"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class Job:
     objective: Objective
     tokenizer: Path
     stream: RowStream
-    held_out: HeldOutRows
     facts: dict[str, Any]  # into every checkpoint's manifest
+    held_out: HeldOutRows | None = None
+    experience: Callable[[torch.nn.Module, Any, torch.device], Experience] | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -86,7 +91,7 @@ def work(job: Job) -> None:
         for step in range(trainer.step, job.settings.steps):
             stop = trainer.train_step(step, next_batch(batches, step))
             last = step + 1 == job.settings.steps
-            if last or _due(step, job.settings.evaluate_every):
+            if job.held_out and (last or _due(step, job.settings.evaluate_every)):
                 trainer.evaluate(ray.train.get_dataset_shard("held_out"))
             if last or stop or _due(step, job.settings.save_every):
                 trainer.save()
@@ -103,15 +108,17 @@ def _due(step: int, every: int | None) -> bool:
 
 @dataclass
 class Batch:
-    """This rank's rows of one global batch, and how long they were waited for."""
+    """This rank's rows of one global batch, how long they were waited for, and numbers to log (means over ranks)."""
 
     rows: np.ndarray  # (R,) row ids
-    targets: int  # tokens that carry loss in the whole global batch
-    tokens: dict[str, np.ndarray]  # each (R, T)
+    targets: int  # what the loss of the whole global batch is divided by
+    arrays: dict[str, np.ndarray]  # each (R, ...), integers or fp32
     waited_s: float
+    figures: dict[str, float] = field(default_factory=dict)
 
     def part(self, begin: int, end: int, device: torch.device) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(values[begin:end]).to(device).long() for name, values in self.tokens.items()}
+        tensors = {name: torch.from_numpy(values[begin:end]).to(device) for name, values in self.arrays.items()}
+        return {name: tensor if tensor.is_floating_point() else tensor.long() for name, tensor in tensors.items()}
 
 
 def next_batch(batches: Iterator[dict[str, np.ndarray]], step: int) -> Batch:
@@ -134,6 +141,7 @@ class Trainer:
     tokenizer: Any
     device: torch.device
     step: int
+    experience: Experience | None
     held_out: list[Batch] = field(default_factory=list)
 
     @classmethod
@@ -147,21 +155,26 @@ class Trainer:
             for name in FOLLOWING:
                 cut_back(job.folder / name, step)
         dist.barrier()
-        return cls(job, engine, load_tokenizer(job.tokenizer), device, step)
+        tokenizer = load_tokenizer(job.tokenizer)
+        experience = job.experience(engine.module, tokenizer, device) if job.experience else None
+        return cls(job, engine, tokenizer, device, step, experience)
 
     def train_step(self, step: int, batch: Batch) -> bool:
         """One optimizer step. True if the run is asked to stop."""
         begun = time.monotonic()
+        if self.experience:
+            batch = self.experience(batch, step)
         rate = self.job.settings.rate(step)
         zero.set_learning_rate(self.engine, rate)
         nats = self._forward_backward(batch)
         self.step = step + 1
-        nats, rows, stop = self._gather(nats, batch.rows)
+        nats, rows, stop, figures = self._gather(nats, batch)
         loss = nats / batch.targets
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {step} is {loss}: lower learning_rate or raise warmup_steps")
         if dist.get_rank() == 0:
-            self._write(step, loss, rows, rate, batch, time.monotonic() - begun)
+            timing = self._timing(batch, rows, time.monotonic() - begun)
+            self._write({"step": step, "loss": loss, "learning_rate": rate, **figures, **timing}, rows)
         return stop
 
     def _forward_backward(self, batch: Batch) -> float:
@@ -181,29 +194,37 @@ class Trainer:
             total += nats.detach()
         return total.item()
 
-    def _gather(self, nats: float, rows: np.ndarray) -> tuple[float, list[int], bool]:
-        """The global batch's loss sum, the rows that the ranks really took, and whether the run is asked to stop."""
+    def _gather(self, nats: float, batch: Batch) -> tuple[float, list[int], bool, dict[str, float]]:
+        """The global batch's loss sum, the rows that the ranks really took, whether the run is asked to stop, and the
+        ranks' figures averaged.
+        """
         stop = (self.job.folder / "stop").exists()
-        # Row ids are exact in fp64 up to 2^53, so one collective carries all three.
-        mine = torch.tensor([nats, float(stop), *rows.tolist()], dtype=torch.float64, device=self.device)
+        names = sorted(batch.figures)
+        figures = [batch.figures[name] for name in names]
+        # Row ids are exact in fp64 up to 2^53, so one collective carries everything.
+        mine = torch.tensor(
+            [nats, float(stop), *figures, *batch.rows.tolist()], dtype=torch.float64, device=self.device
+        )
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         table = torch.stack(everyone).cpu()
-        return float(table[:, 0].sum()), table[:, 2:].flatten().long().tolist(), bool(table[:, 1].any())
+        means = dict(zip(names, table[:, 2:].mean(dim=0).tolist(), strict=False))
+        rows = table[:, 2 + len(names) :].flatten().long().tolist()
+        return float(table[:, 0].sum()), rows, bool(table[:, 1].any()), means
 
-    def _write(self, step: int, loss: float, rows: list[int], rate: float, batch: Batch, seconds: float) -> None:
-        tokens = len(rows) * batch.tokens["input_ids"].shape[1]
-        append(self.job.folder / "ledger.jsonl", {"step": step, "rows": rows, "skipped": []})
-        record = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": rate,
+    def _timing(self, batch: Batch, rows: list[int], seconds: float) -> dict[str, float]:
+        tokens = len(rows) * batch.arrays["input_ids"][0].size
+        seconds += batch.waited_s
+        return {
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "tokens": (step + 1) * tokens,
-            "tokens_per_s": tokens / (seconds + batch.waited_s),
+            "tokens": self.step * tokens,
+            "tokens_per_s": tokens / seconds,
             "data_wait_s": batch.waited_s,
-            "seconds": seconds + batch.waited_s,
+            "seconds": seconds,
         }
+
+    def _write(self, record: dict[str, Any], rows: list[int]) -> None:
+        append(self.job.folder / "ledger.jsonl", {"step": record["step"], "rows": rows, "skipped": []})
         append(self.job.folder / "metrics.jsonl", record)
 
     @torch.no_grad()
@@ -212,6 +233,7 @@ class Trainer:
 
         The rows come through Ray Data the first time and are kept: starting a stream costs seconds.
         """
+        assert self.job.held_out is not None
         if not self.held_out:
             share = self.job.held_out.global_batch // self.job.held_out.workers
             batches = iter(shard.iter_batches(batch_size=share, batch_format="numpy"))
@@ -329,13 +351,13 @@ def cut_back(path: Path, step: int) -> None:
 # The driver's side
 
 
-def train(job: Job, title: str, data_cpus: float, on_record: Callable[[dict[str, Any]], None]) -> None:
+def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> None:
     """Run the workers to the end and follow them: a progress bar here, each new record to `on_record`.
 
     Raises StageFailed with the first failing rank's own words, or Stopped when a signal ended it with state saved.
     """
     outcome: list[BaseException] = []
-    thread = threading.Thread(target=_fit, args=(job, data_cpus, outcome), name="train", daemon=True)
+    thread = threading.Thread(target=_fit, args=(job, outcome), name="train", daemon=True)
     with _ask_to_stop(job.folder / "stop"), progress(title, job.settings.steps, "steps") as report:
         thread.start()
         tail = Tail(job.folder / "metrics.jsonl", after=job.resume_step() - 1)
@@ -350,21 +372,21 @@ def train(job: Job, title: str, data_cpus: float, on_record: Callable[[dict[str,
         raise Stopped(f"{title}: asked to stop, state saved at step {job.resume_step()}; the same command goes on")
 
 
-def _fit(job: Job, data_cpus: float, outcome: list[BaseException]) -> None:
+def _fit(job: Job, outcome: list[BaseException]) -> None:
     from ray.train import TrainingFailedError
 
     try:
-        _trainer(job, data_cpus).fit()
+        _trainer(job).fit()
     except TrainingFailedError as error:
         outcome.append(StageFailed(_first_failure(error)))
     except BaseException as error:  # handed to the thread that waits, which raises it
         outcome.append(error)
 
 
-def _trainer(job: Job, data_cpus: float):
+def _trainer(job: Job):
     """The Ray Train trainer. The streams are functions: each (re)start of the workers calls them anew."""
     from ray.data import ExecutionOptions
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     settings = job.settings
@@ -382,15 +404,21 @@ def _trainer(job: Job, data_cpus: float):
             name=f"attempt-{uuid.uuid4().hex[:8]}",
             storage_path=str(job.folder / "ray"),
             failure_config=FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if settings.gpus_per_worker else "cpu"}},
         ),
-        datasets={
-            "train": lambda: replace(job.stream, first_step=job.resume_step()).dataset(data_cpus),
-            "held_out": lambda: job.held_out.dataset(data_cpus),
-        },
+        datasets=_datasets(job),
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
     )
+
+
+def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
+    cpus = job.settings.data_cpus
+    streams: dict[str, Callable[[], Any]] = {
+        "train": lambda: replace(job.stream, first_step=job.resume_step()).dataset(cpus)
+    }
+    if (held_out := job.held_out) is not None:
+        streams["held_out"] = lambda: held_out.dataset(cpus)
+    return streams
 
 
 def _first_failure(error: Exception) -> Problem:
@@ -421,6 +449,28 @@ def _ask_to_stop(request: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def export(folder: Path) -> None:
+    """The newest checkpoint's model as STAGE/model."""
+    newest = checkpoints.newest(folder / "checkpoints")
+    assert newest is not None, "training ended without a checkpoint"
+    partial_folder = folder / ".partial-model"
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    shutil.copytree(newest.model, partial_folder)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    partial_folder.rename(folder / "model")
+
+
+def demand(parameters: int, settings: TrainingSettings) -> Demand:
+    """What a training stage needs: its workers with Ray Data's share, and room for its checkpoints."""
+    # fp32 weights and two moments (12 bytes a parameter), and the model itself.
+    checkpoint = parameters * (12 + (4 if settings.dtype == "fp32" else 2))
+    return Demand(
+        cpus=settings.workers * settings.cpus_per_worker + settings.data_cpus,
+        gpus=settings.workers * settings.gpus_per_worker,
+        disk_bytes=checkpoint * (settings.keep_checkpoints + 2),  # one more is being written, and one is exported
+    )
 
 
 class Tail:

@@ -1,16 +1,25 @@
-"""A client's view of the service just started: wait for it, let it complete a few openings, say how to call it."""
+"""A client's view of the service just started: wait for it, ask it something, say how to call it."""
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from cluster.errors import Problem, StageFailed
+from llm.chat import render_turns
+from llm.loading import load
+from llm.sampling import SamplingParams
 
 READY_WAIT_S = 180.0
+ANSWER_TOKENS = 32
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "seed": 1}
 
 
 def wait_until_ready(address: str) -> None:
@@ -34,17 +43,42 @@ def complete_openings(address: str, model: str, openings: tuple[str, ...]) -> No
     """Print what the service makes of each opening."""
     console = Console(highlight=False)
     for opening in openings:
-        written = _complete(address, model, opening)
-        console.print(f"[bold]{opening}[/bold]", end="")
-        console.print(written, markup=False)
+        request = {"model": model, "prompt": opening, "max_tokens": 60, **SAMPLING}
+        console.print(f"[bold]{escape(opening)}[/bold]", end="")
+        console.print(_post(f"{address}/completions", request)["text"], markup=False)
         console.rule()
 
 
-def _complete(address: str, model: str, prompt: str) -> str:
-    request = {"model": model, "prompt": prompt, "max_tokens": 60, "temperature": 0.7, "seed": 1}
-    answer = httpx.post(f"{address}/completions", json=request, timeout=120)
+def ask_questions(address: str, model: str, questions: tuple[str, ...], others: dict[str, Path]) -> None:
+    """Print the service's answers beside those of the models in `others` (names and folders), asked here."""
+    served = [_ask(address, model, question) for question in questions]
+    columns = [_answers(folder, questions) for folder in others.values()]
+    table = Table("question", *(f"{name} (here)" for name in others), f"{model} (served)", title="three questions")
+    for row in zip(questions, *columns, served, strict=True):
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def _ask(address: str, model: str, question: str) -> str:
+    request = {"model": model, "messages": _turns(question), "max_tokens": ANSWER_TOKENS, **SAMPLING}
+    return str(_post(f"{address}/chat/completions", request)["message"]["content"])
+
+
+def _answers(folder: Path, questions: tuple[str, ...]) -> list[str]:
+    engine = load(folder)
+    prompts = [render_turns(engine.tokenizer, _turns(question)) for question in questions]
+    return [one.text for one in engine.generate(prompts, SamplingParams(max_new_tokens=ANSWER_TOKENS, **SAMPLING))]
+
+
+def _turns(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def _post(address: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The first choice of the service's answer."""
+    answer = httpx.post(address, json=request, timeout=120)
     answer.raise_for_status()
-    return str(answer.json()["choices"][0]["text"])
+    return answer.json()["choices"][0]
 
 
 def example(address: str, model: str) -> str:

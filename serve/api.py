@@ -1,35 +1,31 @@
-"""The HTTP API over a replica: OpenAI's completions, the models, health. Plain FastAPI, whatever serves it."""
+"""The HTTP API over a replica: OpenAI's completions, chat, models; health. Plain FastAPI, whatever serves it."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llm.chat import DROPPED_TURNS, fit_window, render_turns
 from llm.engine import Token
 from llm.pieces import Pieces
 from llm.vocabulary import encode_text
 from serve import replica
-from serve.protocol import (
-    Choice,
-    CompletionRequest,
-    CompletionResponse,
-    Logprobs,
-    Model,
-    ModelList,
-    RequestError,
-    Usage,
-    refusal,
-)
+from serve.chat import ChatRequest, ChatWriter
+from serve.completions import CompletionRequest, CompletionWriter
+from serve.protocol import GenerationRequest, Model, ModelList, RequestError, Usage, Writer, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,6 +40,8 @@ class Api:
         self.replica = engines
         self.model_name = model_name
         self.created = int(time.time())
+        # A long text takes seconds to encode: in this thread, so that the tokens of others go on meanwhile.
+        self._encoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
 
     def app(self) -> FastAPI:
         """The ASGI application."""
@@ -54,6 +52,7 @@ class Api:
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.model)
         app.post("/v1/completions", response_model=None)(self.completions)
+        app.post("/v1/chat/completions", response_model=None)(self.chat_completions)
         for kind, handler in ERROR_HANDLERS.items():
             app.add_exception_handler(kind, handler)
         return app
@@ -74,13 +73,24 @@ class Api:
         self._check_model(name)
         return self._model()
 
-    async def completions(self, request: CompletionRequest) -> CompletionResponse | StreamingResponse:
+    async def completions(self, request: CompletionRequest) -> Response:
         """Continue each prompt `n` times; choices are in the order of the prompts."""
         self._check_model(request.model)
-        requests = self._requests(request)
-        if request.stream:
-            return StreamingResponse(self._events(request, requests), media_type="text/event-stream")
-        return await self._answer(request, requests)
+        prompts = await self._in_thread(self._prompts, request)
+        settings = request.settings(request.max_tokens, request.logprobs or 0)
+        requests = [(prompt, params) for prompt in prompts for params in settings]
+        return await self._respond(request, requests, CompletionWriter(request, self._pieces))
+
+    async def chat_completions(self, request: ChatRequest) -> Response:
+        """Answer a conversation `n` times; the header DROPPED_TURNS counts turns that had no room in the context."""
+        self._check_model(request.model)
+        prompt, dropped = await self._in_thread(self._prompt, request)
+        room = self.replica.engine.context - len(prompt)
+        settings = request.settings(request.reply_tokens or room, request.top_logprobs or 0)
+        requests = [(prompt, params) for params in settings]
+        response = await self._respond(request, requests, ChatWriter(request, self._pieces))
+        response.headers[DROPPED_TURNS] = str(dropped)
+        return response
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerFast:
@@ -99,67 +109,60 @@ class Api:
             message = f"no model {name!r} here; there is {self.model_name!r}"
             raise RequestError(message, status=404, param="model", code="model_not_found")
 
-    def _requests(self, request: CompletionRequest) -> list[replica.Request]:
-        """What the engine is asked for, `n` for each prompt. RequestError if it could never run."""
-        settings = [request.sampling(choice) for choice in range(request.n)]
-        prompts = [encode_text(self._tokenizer, p) if isinstance(p, str) else p for p in request.prompts()]
-        requests = [(prompt, params) for prompt in prompts for params in settings]
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *arguments)
+
+    def _prompts(self, request: CompletionRequest) -> list[list[int]]:
+        return [encode_text(self._tokenizer, p) if isinstance(p, str) else p for p in request.prompts()]
+
+    def _prompt(self, request: ChatRequest) -> tuple[list[int], int]:
+        """The ids of the conversation's newest turns, which leave room for a reply, and how many turns they leave out.
+
+        A reply whose length isn't given has a quarter of the context at least.
+        """
+        turns, context = request.turns(), self.replica.engine.context
+        try:
+            kept = fit_window(self._tokenizer, turns, context, request.reply_tokens or context // 4)
+            return render_turns(self._tokenizer, kept), len(turns) - len(kept)
+        except ValueError as error:
+            raise RequestError(str(error), param="messages") from error
+
+    async def _respond(self, request: GenerationRequest, requests: list[replica.Request], writer: Writer) -> Response:
+        """The answer to `request`, for which the engine is asked `requests`. RequestError if one could never run."""
         try:
             self.replica.check(requests)
         except ValueError as error:
             raise RequestError(str(error), param="prompt") from error
-        return requests
-
-    async def _answer(self, request: CompletionRequest, requests: Sequence[replica.Request]) -> CompletionResponse:
+        if request.stream:
+            return StreamingResponse(self._events(request, requests, writer), media_type="text/event-stream")
         answers: list[list[Token]] = [[] for _ in requests]
         async for index, token in self.replica.tokens(requests):
             answers[index].append(token)
-        choices = [self._choice(request, index, tokens, 0) for index, tokens in enumerate(answers)]
-        usage = _usage(request, requests, sum(map(len, answers)))
-        return CompletionResponse(model=self.model_name, choices=choices, usage=usage)
+        body = writer.whole(answers, _usage(request, requests, sum(map(len, answers))))
+        return Response(body.model_dump_json(), media_type="application/json")
 
-    async def _events(self, request: CompletionRequest, requests: Sequence[replica.Request]) -> AsyncIterator[str]:
-        """Server-sent events, one for each token that shows anything."""
-        response = CompletionResponse(model=self.model_name, choices=[])
-        lengths = [0] * len(requests)  # of the text sent for each choice, in characters
+    async def _events(
+        self, request: GenerationRequest, requests: Sequence[replica.Request], writer: Writer
+    ) -> AsyncIterator[str]:
+        """Server-sent events: the writer's, then the usage if it was asked for, and the end."""
+        hidden = set() if request.streams_usage else {"usage"}
+        for event in writer.opening():
+            yield _event(event, hidden)
         count = 0
         try:
             async for index, token in self.replica.tokens(requests):
                 count += 1
-                if token.text or token.finish_reason or request.logprobs is not None:
-                    choice = self._choice(request, index, [token], lengths[index])
-                    yield _event(response.model_copy(update={"choices": [choice]}))
-                lengths[index] += len(token.text)
+                for event in writer.events(index, token):
+                    yield _event(event, hidden)
         except replica.Unavailable as error:
-            yield _event(RequestError(str(error), status=503, code="unavailable").body)
+            yield f"data: {json.dumps(RequestError(str(error), status=503, code='unavailable').body)}\n\n"
             return
-        if request.stream_options and request.stream_options.include_usage:
-            yield _event(response.model_copy(update={"usage": _usage(request, requests, count)}))
+        if request.streams_usage:
+            yield _event(writer.closing(_usage(request, requests, count)), hidden)
         yield "data: [DONE]\n\n"
 
-    def _choice(self, request: CompletionRequest, index: int, tokens: list[Token], offset: int) -> Choice:
-        """A choice, or its next piece, which starts `offset` characters into its text."""
-        return Choice(
-            index=index,
-            text="".join(token.text for token in tokens),
-            logprobs=None if request.logprobs is None else self._logprobs(tokens, offset),
-            finish_reason=tokens[-1].finish_reason,
-        )
 
-    def _logprobs(self, tokens: list[Token], offset: int) -> Logprobs:
-        offsets = [offset]
-        for token in tokens[:-1]:
-            offsets.append(offsets[-1] + len(token.text))
-        return Logprobs(
-            tokens=[self._pieces.spelling(token.id) for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[{self._pieces.spelling(i): logprob for i, logprob in token.top} for token in tokens],
-            text_offset=offsets,
-        )
-
-
-def _usage(request: CompletionRequest, requests: Sequence[replica.Request], completion_tokens: int) -> Usage:
-    """A prompt counts once, however many answers it gets."""
+def _usage(request: GenerationRequest, requests: Sequence[replica.Request], completion_tokens: int) -> Usage:
     prompt_tokens = sum(len(prompt) for prompt, _ in requests[:: request.n])
     return Usage(
         prompt_tokens=prompt_tokens,
@@ -168,9 +171,8 @@ def _usage(request: CompletionRequest, requests: Sequence[replica.Request], comp
     )
 
 
-def _event(body: CompletionResponse | dict[str, Any]) -> str:
-    text = body.model_dump_json() if isinstance(body, CompletionResponse) else json.dumps(body)
-    return f"data: {text}\n\n"
+def _event(body: BaseModel, hidden: Set[str]) -> str:
+    return f"data: {body.model_dump_json(exclude=set(hidden))}\n\n"
 
 
 class LimitBody:

@@ -1,30 +1,21 @@
-"""OpenAI's completions API: what a request may say, how it is refused, and the objects that answer it."""
+"""What OpenAI's generation APIs share: a request's common settings, how one is refused, and who words the answer."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from typing import Any, Literal
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llm.engine import Token
 from llm.sampling import SamplingParams
 
 MAX_CHOICES = 16  # n
-MAX_ANSWERS = 64  # n times the prompts of one request
 MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_LOGPROBS = 20
 
-# Fields of OpenAI's API that the service doesn't have, with the values at which they change nothing: clients send them
-# all the same.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "suffix": ("",),
-}
+UNION_MEMBERS = ("str", "list[str]", "list[int]")  # as pydantic puts them into the place of an error
 
 
 class RequestError(Exception):
@@ -40,10 +31,14 @@ class RequestError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Nothing is converted and nothing unknown is ignored; null and a neutral value mean that the field is absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    # Fields of OpenAI's API that the service doesn't have, with the values at which they change nothing: clients send
+    # them all the same.
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -51,20 +46,18 @@ class _Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         return {
-            name: value for name, value in data.items() if value is not None and value not in NEUTRAL.get(name, ())
+            name: value for name, value in data.items() if value is not None and value not in cls.neutral.get(name, ())
         }
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class CompletionRequest(_Strict):
-    """Body of `POST /v1/completions`; `top_k` and `min_p` are additions to OpenAI's."""
+class GenerationRequest(Strict):
+    """What every request for tokens may say; `top_k` and `min_p` are additions to OpenAI's."""
 
     model: str
-    prompt: str | list[str] | list[int]
-    max_tokens: int = Field(default=16, ge=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     temperature: float = 1.0
     top_p: float = 1.0
@@ -72,61 +65,77 @@ class CompletionRequest(_Strict):
     min_p: float = 0.0
     seed: int | None = None
     stop: str | list[str] = Field(default_factory=list)
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # who asks, in the client's words; nothing depends on it
 
     @model_validator(mode="after")
-    def _check_together(self) -> CompletionRequest:
+    def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is only allowed with stream=true")
-        prompts = self.prompts()
-        if not prompts:
-            raise ValueError("prompt is empty: it needs at least one token")
-        if len(prompts) * self.n > MAX_ANSWERS:
-            raise ValueError(f"n times the prompts may be at most {MAX_ANSWERS}, got {self.n} times {len(prompts)}")
-        for text in prompts:
-            if isinstance(text, str):
-                _check_text(text)
         return self
 
-    def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [token for token in self.prompt if isinstance(token, int)]
-        return [ids] if ids else [text for text in self.prompt if isinstance(text, str)]
+    @property
+    def streams_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, choice: int) -> SamplingParams:
-        """The engine's settings for answer number `choice` to a prompt; each has a seed of its own.
+    def settings(self, max_new_tokens: int, top_logprobs: int) -> list[SamplingParams]:
+        """The engine's settings for each of the `n` answers to a prompt, which differ in their seeds.
 
         RequestError names the field that is out of bounds.
         """
         try:
-            return SamplingParams(
-                max_new_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                seed=None if self.seed is None else self.seed + choice,
-                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
-                top_logprobs=self.logprobs or 0,
-            )
+            return [
+                SamplingParams(
+                    max_new_tokens=max_new_tokens,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
+                    min_p=self.min_p,
+                    seed=None if self.seed is None else self.seed + choice,
+                    stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
+                    top_logprobs=top_logprobs,
+                )
+                for choice in range(self.n)
+            ]
         except ValueError as error:
             raise RequestError(str(error), param=str(error).split()[0]) from error
 
 
-def _check_text(text: str) -> None:
-    if not text:
-        raise ValueError("prompt is empty: it needs at least one token")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"prompt takes at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"prompt isn't valid Unicode: {error.reason} at character {error.start}") from error
+class Usage(BaseModel):
+    """Tokens counted; a prompt counts once, however many answers it gets."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Writer(Protocol):
+    """Words the tokens of one request as its endpoint does; a choice is known by the index of its request."""
+
+    def whole(self, answers: list[list[Token]], usage: Usage) -> BaseModel:
+        """The object that holds every choice, given its tokens."""
+
+    def opening(self) -> list[BaseModel]:
+        """The events of a stream before its first token."""
+
+    def events(self, index: int, token: Token) -> list[BaseModel]:
+        """The events that the next token of choice `index` makes; none if it shows nothing."""
+
+    def closing(self, usage: Usage) -> BaseModel:
+        """The last event of a stream that was asked for its usage."""
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "headwater"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
 
 
 def refusal(errors: list[Any]) -> RequestError:
@@ -143,14 +152,14 @@ def refusal(errors: list[Any]) -> RequestError:
 
 
 def _field(error: Any) -> str | None:
-    """The name of the field that an error is about, without the request's part and the union's member."""
-    names = [str(part) for part in error["loc"] if part != "body"]
-    return names[0] if names else None
+    """The field that an error is about, as in `messages[0].content`, whichever member of a union it was tried as."""
+    path = takewhile(lambda part: part not in UNION_MEMBERS, error["loc"][1:])  # after "body"
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".") or None
 
 
 def _first_word(error: Any) -> str:
     """Checks over several fields have no place of their own; their messages begin with the field's name."""
-    return _message(error).split()[0]
+    return _message(error).split()[0].removesuffix(":")
 
 
 def _message(error: Any) -> str:
@@ -164,48 +173,3 @@ def _sentence(error: Any) -> str:
     given = error.get("input")
     got = f", got {given!r}" if isinstance(given, str | int | float | bool) and len(repr(given)) < 80 else ""
     return f"{field}: {_message(error)}{got}" if error["type"] != "missing" else f"{field} is required"
-
-
-class Logprobs(BaseModel):
-    """Of a choice's tokens, each spelt as text or `bytes:\\x…`; `text_offset` is where their text starts in `text`."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class Choice(BaseModel):
-    index: int
-    text: str
-    logprobs: Logprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class CompletionResponse(BaseModel):
-    """A whole answer, or one event of a stream."""
-
-    id: str = Field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    object: Literal["text_completion"] = "text_completion"
-    created: int = Field(default_factory=lambda: int(time.time()))
-    model: str
-    choices: list[Choice]
-    usage: Usage | None = None
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "headwater"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]

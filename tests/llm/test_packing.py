@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llm.packing import IGNORED, RowReader, pack, read_index, write_index
+from llm.packing import COLUMNS, IGNORED, RowReader, pack, pack_groups, pack_whole, read_index, write_index
 from llm.shardfile import Shards, write_shard
 
 DOCUMENTS = [[10, 11, 12], [20, 21, 22, 23, 24], [30], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
@@ -48,7 +48,7 @@ def test_index_survives_its_file(tmp_path):
     write_index(index, tmp_path / "packing.arrow")
     again = read_index(tmp_path / "packing.arrow")
     assert again.row_tokens == 4
-    for column in ("row", "document", "start", "length"):
+    for column in COLUMNS:
         assert getattr(again, column).tolist() == getattr(index, column).tolist()
 
 
@@ -85,3 +85,37 @@ def test_shards_read_as_one_sequence_of_documents(shard_set):
 def test_ids_beyond_16_bits_survive(tmp_path):
     write_shard(tmp_path / "shard-00000-000.arrow", ["a"], [np.array([70_000, 1], dtype=np.uint32)], 100_000)
     assert Shards(tmp_path).tokens(0, 0, 2).tolist() == [70_000, 1]
+
+
+def test_whole_documents_go_where_they_leave_the_least_room():
+    index = pack_whole(np.array([5, 6, 3, 2, 4, 4]), np.array([1, 2, 3, 4, 5, 6]), 8)
+    rows = {row: index.document[index.row == row].tolist() for row in range(index.num_rows)}
+    assert rows == {0: [0, 2], 1: [1, 3], 2: [4, 5]}
+    assert index.targets(np.arange(3)).tolist() == [4, 6, 11]
+
+
+def test_whole_documents_are_never_cut_and_all_placed():
+    lengths = np.random.default_rng(0).integers(1, 33, size=300)
+    index = pack_whole(lengths, lengths, 32)
+    assert sorted(index.document.tolist()) == list(range(300))
+    assert (index.start == 0).all()
+    assert index.length.tolist() == lengths[index.document].tolist()
+    assert np.bincount(index.row, index.length).max() <= 32
+    assert index.num_rows <= 1.1 * np.ceil(lengths.sum() / 32)
+
+
+def test_labels_can_differ_from_the_tokens(tmp_path):
+    x = IGNORED
+    tokens, labels = np.array([10, 11, 12, 13], dtype=np.uint32), np.array([x, x, 12, 3])
+    write_shard(tmp_path / "shard-00000-000.arrow", ["a"], [tokens], 300, [labels])
+    write_index(pack_whole(np.array([4]), np.array([2]), 6), tmp_path / "packing.arrow")
+    rows = RowReader(tmp_path, pad_id=0).read(np.array([0]))
+    assert rows["labels"].tolist() == [[x, x, 12, 3, x, x]]
+    assert rows["input_ids"].tolist() == [[10, 11, 12, 13, 0, 0]]
+
+
+def test_a_group_of_documents_is_a_row():
+    index = pack_groups(np.array([3, 2, 4]), np.array([0, 0, 1]), np.array([1, 0, 1]), 8)
+    assert index.num_rows == 2
+    assert list(index.pieces(0)) == [0, 1]
+    assert index.targets(np.arange(2)).tolist() == [1, 1]

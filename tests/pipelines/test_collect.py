@@ -12,7 +12,7 @@ from cluster.errors import BadInput, StageFailed
 from pipelines import collect
 from pipelines.collect import PYDOC_ADDRESS, crawl_pydoc, fingerprint, resolve
 from pipelines.readers import Bounds, Document, Origin, read_file
-from pipelines.recipe import Source
+from pipelines.schema import Source
 
 
 def source(path, **settings) -> Source:

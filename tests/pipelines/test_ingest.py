@@ -17,7 +17,8 @@ from pipelines import ingest
 from pipelines.collect import SourceFile
 from pipelines.ingest import STAGE, Group
 from pipelines.readers import Bounds
-from pipelines.recipe import Recipe, Source, load_recipe
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.schema import Source
 from pipelines.stage import StageRun
 
 PROSE = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
