@@ -1,6 +1,6 @@
 """Demonstrations: conversations in which a person, or a stated rule, shows how to answer.
 
-    arithmetic:        sums and differences of small numbers, made by a rule
+    arithmetic:        sums of two digits, made by a rule
     chitchat:          small talk between two people, from the package chitchat-dataset
     a file or folder   JSONL or Parquet with `messages`, or `prompt` and `completion`
 
@@ -162,35 +162,35 @@ def _made(source: ConversationSource, of: Any, messages: list[Message], task: Ta
     return Conversation(together[:8] + own[:24], messages, source.name, source.licence, task)
 
 
-# Arithmetic
+# Sums, made by a rule
 
-LARGEST_NUMBER = 20  # in a question: all pairs from 0 to this are asked, differences only where they aren't negative
-ASK_SUM = ("What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.")
-ASK_DIFFERENCE = ("What is {a} - {b}?", "What is {a} minus {b}?", "Take {b} from {a}.")
+LARGEST_TERM = 9
+# One number bare in the reply, and many wordings of the question: what a model of a few million parameters can learn
+# from some minutes of training. Asked to repeat the sum before the answer, or for differences too, it learns neither.
+OPENINGS = ("", "hey, ", "please, ", "tell me, ", "quick question: ", "I wonder: ")
+WORDINGS = (
+    "what is {a} + {b}?",
+    "what is {a} plus {b}?",
+    "how much is {a} + {b}?",
+    "how much is {a} plus {b}?",
+    "what do {a} and {b} make?",
+    "add {a} and {b}.",
+)
 SHUFFLE_SEED = 0
 
 
 def _arithmetic(source: ConversationSource) -> Iterator[Conversation]:
-    """Every question about every pair, in an order in which any first part is a fair sample.
+    """Every sum of two digits in every wording, in an order in which any first part is a fair sample.
 
-    a + b and b + a, however they are asked, are held out together; so are a - b and its phrasings.
+    All wordings of a + b are held out together; b + a is another sum, and may be trained on.
     """
-    questions = list(_questions())
-    random.Random(SHUFFLE_SEED).shuffle(questions)
-    for question, a, sign, b in questions:
-        answer = a + b if sign == "+" else a - b
-        messages = [message("user", question), message("assistant", f"{a} {sign} {b} = {answer}.")]
-        together = [sign, *sorted([a, b])]
-        yield _made(source, together, messages, {"answer": str(answer)})
-
-
-def _questions() -> Iterator[tuple[str, int, str, int]]:
-    numbers = range(LARGEST_NUMBER + 1)
-    for a, b in itertools.product(numbers, numbers):
-        for ask in ASK_SUM:
-            yield ask.format(a=a, b=b), a, "+", b
-        for ask in ASK_DIFFERENCE if a >= b else ():
-            yield ask.format(a=a, b=b), a, "-", b
+    numbers = range(LARGEST_TERM + 1)
+    made = list(itertools.product(numbers, numbers, OPENINGS, WORDINGS))
+    random.Random(SHUFFLE_SEED).shuffle(made)
+    for a, b, opening, wording in made:
+        question = opening + wording.format(a=a, b=b)
+        messages = [message("user", question[0].upper() + question[1:]), message("assistant", f"{a + b}.")]
+        yield _made(source, [a, b], messages, {"answer": str(a + b)})
 
 
 # Small talk between people

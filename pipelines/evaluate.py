@@ -16,7 +16,6 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,17 +124,16 @@ def _measure_all(stage: StageRun, questions: Questions) -> dict[str, Any]:
     import ray
 
     settings = stage.recipe.evaluate
-    work = partial(
-        measure,
-        tokens=stage.input("shards") / "tokens",
-        reward=stage.input("reward") / "model",
-        questions=questions,
-        settings=settings,
-        judge=stage.recipe.rank.judge,
-        seed=stage.recipe.seed,
-    )
-    remote = ray.remote(num_cpus=settings.cpus_per_task, num_gpus=settings.gpus_per_task)(work)
-    waiting = {remote.remote(stage.input(made_by) / "model"): name for name, made_by in MODELS.items()}
+    remote = ray.remote(num_cpus=settings.cpus_per_task, num_gpus=settings.gpus_per_task)(measure)
+    same = {
+        "tokens": stage.input("shards") / "tokens",
+        "reward": stage.input("reward") / "model",
+        "questions": questions,
+        "settings": settings,
+        "judge": stage.recipe.rank.judge,
+        "seed": stage.recipe.seed,
+    }
+    waiting = {remote.remote(stage.input(made_by) / "model", **same): name for name, made_by in MODELS.items()}
     measured: dict[str, Any] = {}
     with progress("evaluate", len(MODELS), "models") as report:
         while waiting:
@@ -245,11 +243,10 @@ def _samples(questions: Questions, talk: list[list[str]], solutions: list[str]) 
 
 def table(results: dict[str, Any]) -> Table:
     """Measures by model, then what each said."""
-    from rich.markup import escape
     from rich.table import Table
 
     models = results["models"]
-    grid = Table("held out", *models, caption=escape(results["rule"]), caption_justify="left")
+    grid = Table("held out", *models, caption=results["rule"], caption_justify="left")
     grid.add_row("bits a byte", *(f"{figures['bits_per_byte']:.3f}" for figures in models.values()))
     for key, label in (("judge", f"judge {results['judge']}"), ("reward", "learned reward")):
         grid.add_row(
@@ -258,8 +255,16 @@ def table(results: dict[str, Any]) -> Table:
     grid.add_row("tasks right", *(_percent(figures["tasks_right"]) for figures in models.values()), end_section=True)
     for number, sample in enumerate(models["base"]["samples"]):
         said = (figures["samples"][number]["answer"] for figures in models.values())
-        grid.add_row(escape(sample["prompt"]), *(escape(text.strip()) for text in said))
+        grid.add_row(_in_a_cell(sample["prompt"]), *map(_in_a_cell, said))
     return grid
+
+
+def _in_a_cell(text: str) -> str:
+    """Without line ends, and without control characters that a terminal would obey."""
+    from rich.markup import escape
+
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return escape(" ".join(printable.split()))
 
 
 def _percent(share: float | None) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
+import socket
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from llm.order import batch_rows
+from pipelines.stage import NAMES
 from tests.commands import CHECKOUT, headwater, losses, records, started, training_workers, wait_until
 
 pytestmark = pytest.mark.slow
@@ -21,8 +25,8 @@ def done(run: Path, stage: str) -> dict:
     return json.loads((run / stage / "done.json").read_text())
 
 
-def resume(run: Path, *words: str):
-    return headwater("run", "micro", "--runs", str(run.parent), *words)
+def resume(run: Path, *words: str, to: str = "evaluate"):
+    return headwater("run", "micro", "--runs", str(run.parent), "--to", to, *words)
 
 
 # What a run leaves
@@ -85,7 +89,7 @@ def test_the_model_loads_without_this_project(micro):
 
 def test_every_stage_is_in_wandb_under_one_group(micro):
     folders = list((micro / "wandb").glob("offline-run-*"))
-    assert len(folders) == 4
+    assert len(folders) == len(NAMES)
     kept = {json.loads((micro / stage / "wandb.json").read_text())["id"] for stage in ("ingest", "pretrain")}
     assert kept <= {folder.name.rsplit("-", 1)[1] for folder in folders}
 
@@ -102,27 +106,30 @@ def test_a_second_run_does_nothing_and_says_so(micro):
 
 
 @pytest.mark.parametrize(
-    ("setting", "stages"),
+    ("setting", "first"),
     [
-        ("pretrain.micro_batch=4", []),
-        ("pretrain.workers=1", []),
-        ("pretrain.learning_rate=2e-3", ["pretrain"]),
-        ("shards.sequence_length=32", ["shards", "pretrain"]),
-        ("tokenizer.vocab_size=600", ["tokenizer", "shards", "pretrain"]),
-        ("held_out=0.1", ["tokenizer", "shards", "pretrain"]),
-        ("ingest.max_characters=7000", ["ingest", "tokenizer", "shards", "pretrain"]),
+        ("pretrain.micro_batch=4", None),
+        ("rlhf.workers=1", None),
+        ("evaluate.tasks=7", "evaluate"),
+        ("rlhf.kl_weight=0.5", "rlhf"),
+        ("reward.steps=70", "reward"),
+        ("sft.learning_rate=2e-3", "sft"),
+        ("pretrain.learning_rate=2e-3", "pretrain"),
+        ("shards.sequence_length=32", "shards"),
+        ("tokenizer.vocab_size=600", "tokenizer"),
+        ("ingest.max_characters=7000", "ingest"),
     ],
 )
-def test_a_changed_setting_reruns_what_is_downstream_of_it(micro, setting, stages):
+def test_a_changed_setting_reruns_its_stage_and_what_is_downstream_of_it(micro, setting, first):
     plan = json.loads(resume(micro, "--dry-run", "--json", setting).stdout)["plan"]
-    assert [step["stage"] for step in plan if step["runs"]] == stages
+    assert [step["stage"] for step in plan if step["runs"]] == (list(NAMES[NAMES.index(first) :]) if first else [])
 
 
 # Killed and stopped
 
 
 def test_a_killed_worker_costs_nothing(micro, before_pretrain):
-    with started("run", "micro", "--runs", str(before_pretrain.parent)) as process:
+    with started("pretrain", "micro", "--runs", str(before_pretrain.parent)) as process:
         wait_until(lambda: len(losses(before_pretrain)) >= 20, "20 steps")
         training_workers(process)[-1].send_signal(signal.SIGKILL)
         assert process.wait(240) == 0
@@ -133,12 +140,12 @@ def test_a_killed_worker_costs_nothing(micro, before_pretrain):
 
 
 def test_a_killed_driver_costs_nothing(micro, before_pretrain):
-    with started("run", "micro", "--runs", str(before_pretrain.parent)) as process:
+    with started("pretrain", "micro", "--runs", str(before_pretrain.parent)) as process:
         wait_until(lambda: len(losses(before_pretrain)) >= 20, "20 steps")
         process.family()
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-        again = resume(before_pretrain)  # while what the driver left behind may still live
+        again = resume(before_pretrain, to="pretrain")  # while what the driver left behind may still live
     assert again.returncode == 0, again.stderr
     assert losses(before_pretrain) == losses(micro)
     assert same_ledger(micro, before_pretrain)
@@ -146,7 +153,7 @@ def test_a_killed_driver_costs_nothing(micro, before_pretrain):
 
 
 def test_sigterm_saves_and_exits_with_5(micro, before_pretrain):
-    with started("run", "micro", "--runs", str(before_pretrain.parent)) as process:
+    with started("pretrain", "micro", "--runs", str(before_pretrain.parent)) as process:
         wait_until(lambda: len(losses(before_pretrain)) >= 5, "5 steps")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 5
@@ -154,30 +161,148 @@ def test_sigterm_saves_and_exits_with_5(micro, before_pretrain):
     assert stopped_at < 60
     newest = json.loads((before_pretrain / "pretrain/checkpoints/latest.json").read_text())
     assert newest["step"] == stopped_at
-    assert resume(before_pretrain).returncode == 0
+    assert resume(before_pretrain, to="pretrain").returncode == 0
     assert losses(before_pretrain) == losses(micro)
 
 
 def test_one_worker_takes_the_same_batches_as_two(micro, before_pretrain):
-    assert resume(before_pretrain, "pretrain.workers=1", "pretrain.micro_batch=4").returncode == 0
+    one = resume(before_pretrain, "pretrain.workers=1", "pretrain.micro_batch=4", to="pretrain")
+    assert one.returncode == 0, one.stderr
     assert same_ledger(micro, before_pretrain)
     assert losses(before_pretrain) == pytest.approx(losses(micro), abs=1e-4)
 
 
-def same_ledger(one: Path, other: Path) -> bool:
-    name = "pretrain/ledger.jsonl"
+def same_ledger(one: Path, other: Path, stage: str = "pretrain") -> bool:
+    name = f"{stage}/ledger.jsonl"
     return records(one / name) == records(other / name)
 
 
-def same_model(one: Path, other: Path) -> bool:
-    return done(one, "pretrain")["fingerprint"] == done(other, "pretrain")["fingerprint"]
+def same_model(one: Path, other: Path, stage: str = "pretrain") -> bool:
+    return done(one, stage)["fingerprint"] == done(other, stage)["fingerprint"]
+
+
+# The second half
+
+
+@pytest.fixture
+def before(micro, tmp_path):
+    """Makes a copy of the run in which a stage has not begun."""
+
+    def copy(stage: str) -> Path:
+        shutil.copytree(micro, tmp_path / "micro", ignore=shutil.ignore_patterns(stage, "wandb", "*.log"))
+        return tmp_path / "micro"
+
+    return copy
+
+
+def test_sft_learns_what_the_assistant_says(micro):
+    figures = done(micro, "sft")["metrics"]
+    assert figures["last_loss"] < figures["first_loss"] - 1
+    manifest = json.loads((micro / "sft/tokens/manifest.json").read_text())
+    assert 0 < manifest["train"]["loss_tokens"] < manifest["train"]["tokens"]
+
+
+def test_the_reward_model_orders_held_out_rankings(micro):
+    assert done(micro, "reward")["metrics"]["accuracy"] > 0.65
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(micro / "reward" / "model")
+    assert model.config.num_labels == 1
+
+
+def test_rankings_are_recorded_as_a_scripts_never_as_a_persons(micro):
+    rankings = pq.read_table(micro / "rank/rankings/train.parquet")
+    assert set(rankings["annotator"].to_pylist()) == {"scripted:asks-back"}
+
+
+def test_the_policy_earns_more_of_both_rewards_than_the_chat_model(micro):
+    figures = done(micro, "rlhf")["metrics"]
+    assert figures["reward_after"] > figures["reward_before"] + 0.1
+    models = json.loads((micro / "evaluate/results/results.json").read_text())["models"]
+    for score in ("judge", "reward"):
+        assert models["policy"][score]["mean"] > models["chat"][score]["mean"], score
+
+
+def test_a_killed_worker_costs_sft_nothing(micro, before):
+    copy = before("sft")
+    with started("sft", "micro", "--runs", str(copy.parent)) as process:
+        wait_until(lambda: len(losses(copy, "sft")) >= 20, "20 steps")
+        training_workers(process)[0].send_signal(signal.SIGKILL)
+        assert process.wait(240) == 0
+    assert losses(copy, "sft") == losses(micro, "sft")
+    assert same_ledger(micro, copy, "sft")
+    assert same_model(micro, copy, "sft")
+
+
+def test_a_killed_driver_costs_rlhf_nothing(micro, before):
+    copy = before("rlhf")
+    with started("rlhf", "micro", "--runs", str(copy.parent)) as process:
+        wait_until(lambda: len(losses(copy, "rlhf")) >= 14, "14 steps")
+        process.family()
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        again = resume(copy, to="rlhf")
+    assert again.returncode == 0, again.stderr
+    kept = ("step", "loss", "reward", "kl", "answer_tokens", "grad_norm")
+    assert [{key: record[key] for key in kept} for record in records(copy / "rlhf/metrics.jsonl")] == [
+        {key: record[key] for key in kept} for record in records(micro / "rlhf/metrics.jsonl")
+    ]
+    assert same_ledger(micro, copy, "rlhf")
+    assert same_model(micro, copy, "rlhf")
+
+
+def test_the_served_policy_answers_as_the_engine_does(micro):
+    """`serve` over real HTTP with the openai client, plain and streamed."""
+    import httpx
+    import openai
+
+    from llm.chat import render_turns
+    from llm.loading import load
+    from llm.sampling import SamplingParams
+
+    port = free_port()
+    address = f"http://127.0.0.1:{port}/v1"
+    with started("serve", "micro", "--runs", str(micro.parent), "--port", str(port)) as process:
+        wait_until(lambda: ready(address), "the service")
+        client = openai.OpenAI(base_url=address, api_key="none")
+        asked = {
+            "model": "micro",
+            "messages": [{"role": "user", "content": "Hi, how are you?"}],
+            "seed": 3,
+            "max_tokens": 16,
+        }
+        whole = client.chat.completions.create(**asked).choices[0].message.content
+        chunks = client.chat.completions.create(**asked, stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert httpx.get(address.replace("/v1", "/readyz")).status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 5
+    engine = load(micro / "rlhf" / "model")
+    prompt = render_turns(engine.tokenizer, asked["messages"])
+    own = engine.generate([prompt], SamplingParams(max_new_tokens=16, seed=3))[0].text
+    assert whole == streamed == own
+
+
+def ready(address: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(address.replace("/v1", "/readyz"), timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 # Bad input
 
 
 def test_too_few_cpus_are_refused_before_anything_starts(before_pretrain):
-    refused = resume(before_pretrain, "pretrain.cpus_per_worker=64")
+    refused = resume(before_pretrain, "pretrain.cpus_per_worker=64", to="pretrain")
     assert refused.returncode == 3
     assert "pretrain needs 128.25 CPUs" in refused.stderr
     assert "lower pretrain.workers or pretrain.cpus_per_worker" in refused.stderr
@@ -195,10 +320,10 @@ def test_a_run_that_is_being_worked_on_is_left_alone(before_pretrain):
 
 
 def test_a_changed_setting_keeps_what_it_replaces(micro, before_pretrain):
-    first = resume(before_pretrain, "--to", "tokenizer", "tokenizer.vocab_size=600")
+    first = resume(before_pretrain, "tokenizer.vocab_size=600", to="tokenizer")
     assert first.returncode == 0, first.stderr
     assert len(list((before_pretrain / ".previous").glob("tokenizer-*"))) == 1
-    back = resume(before_pretrain, "--to", "tokenizer")
+    back = resume(before_pretrain, to="tokenizer")
     assert back.returncode == 0, back.stderr
     assert done(before_pretrain, "tokenizer")["finished"] == done(micro, "tokenizer")["finished"], (
         "taken back, not made anew"
