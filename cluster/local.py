@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.errors import PreflightRefused, Problem
+from cluster.progress import console
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +40,8 @@ def ray_session(address: str | None, object_store_mb: int) -> Iterator[bool]:
     for name in ("ray", "ray.data", "ray.train", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        _connect(address, object_store_mb)
+        with console.status("starting Ray" if not address else f"joining Ray at {address}"):
+            _connect(address, object_store_mb)
     except ConnectionError as error:
         raise PreflightRefused(
             Problem(f"no Ray cluster at {address}: {error}", "start it, or unset cluster.address and RAY_ADDRESS")

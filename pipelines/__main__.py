@@ -115,13 +115,14 @@ def look_tokens(chosen: argparse.Namespace) -> None:
 def serve(chosen: argparse.Namespace) -> None:
     """Deploy a model on Ray Serve until stopped."""
     from cluster.local import ray_session
+    from pipelines.run import stoppable
     from pipelines.schema import ClusterSettings
 
     root = runs_root(chosen.runs)
     folder, recipe = model_folder(chosen.model, root, chosen.stage), _recipe_of(chosen.model, root)
     settings = _serve_settings(chosen, recipe)
     where = recipe.cluster if recipe else ClusterSettings()
-    with ray_session(where.address, where.object_store_mb) as local:
+    with stoppable(), ray_session(where.address, where.object_store_mb) as local:
         from serve import app
 
         name = chosen.model_name or _model_name(chosen.model)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BadInput
-from llm.pieces import Pieces, visible
+from llm.pieces import Pieces, harmless, visible
 from llm.sampling import SamplingParams
 from llm.vocabulary import encode_text
 
@@ -83,7 +83,7 @@ def _shown(stream: Iterator[Token], prompt: str, top: int, pieces: Pieces) -> It
             yield token
         return
     # What isn't a terminal gets the text as it is; a terminal must not obey control characters that a model wrote.
-    show = _harmless if console.is_terminal else str
+    show = harmless if console.is_terminal else str
     console.out(show(prompt), end="", style="dim", highlight=False)
     for token in stream:
         console.out(show(token.text), end="", highlight=False)
@@ -106,7 +106,3 @@ def distribution_lines(token: Token, top: int, pieces: Pieces) -> Text:
         line = f"{'▶' if taken else ' '} {probability:6.1%} {bar:<{BAR_WIDTH}} {visible(pieces.spelling(i))}  {i}\n"
         lines.append(line, style="bold green" if taken else "")
     return lines
-
-
-def _harmless(text: str) -> str:
-    return "".join(letter if letter in "\n\t" or letter == " " else visible(letter) for letter in text)

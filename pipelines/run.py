@@ -124,7 +124,7 @@ def execute(journey: Journey) -> list[dict[str, Any]]:
     """Run what the plan says; the done-markers of all chosen stages, in order."""
     run = journey.run
     run.check_schema()
-    with run.locked(), _stoppable():
+    with run.locked(), stoppable():
         steps = journey.plan()
         if any(step.runs for step in steps):
             preflight(journey, [step.stage for step in steps if step.runs])
@@ -273,7 +273,7 @@ def code_version() -> str:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """SIGTERM ends the work as Ctrl-C does."""
 
     def stop(number: int, frame: object) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from cluster.errors import Problem, StageFailed
+from cluster.progress import console
 from llm.vocabulary import encode_text, fingerprint, train_tokenizer
 from pipelines import documents
 from pipelines.stage import Demand, Outcome, Stage, StageRun
@@ -22,7 +23,8 @@ def run(stage: StageRun) -> Outcome:
         task = ray.remote(num_cpus=settings.cpus)(_train).remote(
             folder, target, settings.vocab_size, settings.sample_bytes, stage.recipe.held_out
         )
-        found = ray.get(task)
+        with console.status("learning the merges"):
+            found = ray.get(task)
     if found["vocab_size"] < settings.vocab_size:
         stage.log.warning("the text gave only %d of %d token ids", found["vocab_size"], settings.vocab_size)
     return Outcome(

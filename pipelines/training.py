@@ -84,10 +84,9 @@ def work(job: Job) -> None:
     with log_to(job.folder / "logs" / f"rank-{rank}.log"), sole_writer(job.folder, rank):
         trainer = Trainer.start(job)
         log.info("rank %d of %d begins at step %d", rank, dist.get_world_size(), trainer.step)
-        batches = ray.train.get_dataset_shard("train").iter_batches(
-            batch_size=job.settings.rows_per_worker, batch_format="numpy", prefetch_batches=2
-        )
-        batches = iter(batches)
+        shard = ray.train.get_dataset_shard("train")
+        share = job.settings.rows_per_worker
+        batches = iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2))
         for step in range(trainer.step, job.settings.steps):
             stop = trainer.train_step(step, next_batch(batches, step))
             last = step + 1 == job.settings.steps
@@ -356,6 +355,8 @@ def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> 
 
     Raises StageFailed with the first failing rank's own words, or Stopped when a signal ended it with state saved.
     """
+    if job.resume_step() == job.settings.steps:
+        return  # killed after the last checkpoint, before the stage was marked as done
     outcome: list[BaseException] = []
     thread = threading.Thread(target=_fit, args=(job, outcome), name="train", daemon=True)
     with _ask_to_stop(job.folder / "stop"), progress(title, job.settings.steps, "steps") as report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,7 @@ def start(
     check_host(host, insecure)
     check_port(host, port)
     check_idle()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what starts where is not the user's business
     ray_serve.start(http_options={"host": host, "port": port})
     application = build(model_folder, model_name, replicas=replicas, cpus=cpus, slots=slots)
     ray_serve.run(application, name=NAME, route_prefix="/")

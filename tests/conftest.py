@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.commands import headwater
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Where everything has to be there, as in CI, a test that skips has failed."""
+    report = yield
+    if report.skipped and os.environ.get("HEADWATER_REQUIRE_ALL") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where HEADWATER_REQUIRE_ALL asks for every test: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,13 @@ import math
 import shutil
 import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.runs import remove
 from llm.order import batch_rows
 from pipelines.stage import NAMES
 from tests.commands import CHECKOUT, headwater, losses, records, started, training_workers, wait_until
@@ -149,6 +151,15 @@ def test_a_killed_driver_costs_nothing(micro, before_pretrain):
     assert again.returncode == 0, again.stderr
     assert losses(before_pretrain) == losses(micro)
     assert same_ledger(micro, before_pretrain)
+    assert same_model(micro, before_pretrain)
+
+
+def test_a_kill_after_the_last_checkpoint_trains_no_more(micro, before_pretrain):
+    shutil.copytree(micro / "pretrain", before_pretrain / "pretrain")
+    for name in ("done.json", "model"):
+        remove(before_pretrain / "pretrain" / name)
+    assert resume(before_pretrain, to="pretrain").returncode == 0
+    assert losses(before_pretrain) == losses(micro)
     assert same_model(micro, before_pretrain)
 
 
@@ -307,6 +318,20 @@ def test_too_few_cpus_are_refused_before_anything_starts(before_pretrain):
     assert "pretrain needs 128.25 CPUs" in refused.stderr
     assert "lower pretrain.workers or pretrain.cpus_per_worker" in refused.stderr
     assert not (before_pretrain / "pretrain").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path):
+    """On a real file system of 64 MB, which takes the right to mount one."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
+    try:
+        refused = headwater("run", "micro", "--runs", str(tmp_path / "runs"))
+        assert refused.returncode == 3
+        assert f"under {tmp_path}" in refused.stderr
+        assert "0.07 GB are free" in refused.stderr
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_run_that_is_being_worked_on_is_left_alone(before_pretrain):
