@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,10 +60,13 @@ def _connect(address: str | None, object_store_mb: int) -> None:
 
     environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path()}}
     common = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
+    ours = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, **common)
     else:
         ray.init(num_cpus=usable_cpus(), include_dashboard=False, object_store_memory=object_store_mb << 20, **common)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)  # Ray puts in its own, which exits with 15
 
 
 def _python_path() -> str:

@@ -286,7 +286,7 @@ def test_the_served_policy_answers_as_the_engine_does(micro):
         chunks = client.chat.completions.create(**asked, stream=True)
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert httpx.get(address.replace("/v1", "/readyz")).status_code == 200
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 5
     engine = load(micro / "rlhf" / "model")
     prompt = render_turns(engine.tokenizer, asked["messages"])
