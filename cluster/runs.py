@@ -36,10 +36,6 @@ class StageFolder:
         return self.path.name
 
     @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
