@@ -25,6 +25,8 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# Ray Train's watcher for nodes about to be taken away. This machine is not, and an actor costs seconds to start.
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
 @contextmanager
@@ -58,6 +60,8 @@ def ray_session(address: str | None, object_store_mb: int) -> Iterator[bool]:
 def _connect(address: str | None, object_store_mb: int) -> None:
     import ray
 
+    if not address:
+        os.environ.setdefault(PREEMPTION_WATCHER, "0")
     environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path()}}
     common = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
     ours = signal.getsignal(signal.SIGTERM)

@@ -8,6 +8,7 @@ checkpoint, enters the stream at its step, and goes on as if nothing had happene
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,11 +84,11 @@ def work(job: Job) -> None:
 
     rank = ray.train.get_context().get_world_rank()
     with log_to(job.folder / "logs" / f"rank-{rank}.log"), sole_writer(job.folder, rank):
-        trainer = Trainer.start(job)
-        log.info("rank %d of %d begins at step %d", rank, dist.get_world_size(), trainer.step)
         shard = ray.train.get_dataset_shard("train")
         share = job.settings.rows_per_worker
-        batches = iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2))
+        batches = started(iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)))
+        trainer = Trainer.start(job)
+        log.info("rank %d of %d begins at step %d", rank, dist.get_world_size(), trainer.step)
         for step in range(trainer.step, job.settings.steps):
             stop = trainer.train_step(step, next_batch(batches, step))
             last = step + 1 == job.settings.steps
@@ -99,6 +101,14 @@ def work(job: Job) -> None:
                 ray.train.report({"step": trainer.step})
             if stop:
                 return
+
+
+def started(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """The same batches. The first is fetched at once, in a thread: the stream starts while the model is built."""
+    ahead = ThreadPoolExecutor(1, thread_name_prefix="first-batch")
+    first = ahead.submit(next, batches)
+    ahead.shutdown(wait=False)
+    return itertools.chain((first.result() for _ in range(1)), batches)
 
 
 def _due(step: int, every: int | None) -> bool:
