@@ -25,8 +25,9 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-# Ray Train's watcher for nodes about to be taken away. This machine is not, and an actor costs seconds to start.
-PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+# Where Ray is this machine alone: no watcher for nodes about to be taken away, whose actor costs seconds to start, and
+# workers looked at more often than every 2 s, which is how long Ray Train takes to see that they have ended.
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def _connect(address: str | None, object_store_mb: int) -> None:
     import ray
 
     if not address:
-        os.environ.setdefault(PREEMPTION_WATCHER, "0")
+        os.environ.update({key: value for key, value in ALONE.items() if key not in os.environ})
     environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path()}}
     common = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
     ours = signal.getsignal(signal.SIGTERM)

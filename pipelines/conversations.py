@@ -173,8 +173,6 @@ WORDINGS = (
     "what is {a} plus {b}?",
     "how much is {a} + {b}?",
     "how much is {a} plus {b}?",
-    "what do {a} and {b} make?",
-    "add {a} and {b}.",
 )
 SHUFFLE_SEED = 0
 
