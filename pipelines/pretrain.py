@@ -28,22 +28,20 @@ COUNTED_TOKENS = 20_000_000  # of the training text, for the unigram and bigram 
 
 
 def run(stage: StageRun) -> Outcome:
-    """Train from the cursor on, export the model, and set its held-out loss beside the baselines'."""
+    """Train from the cursor on, export the model, and set its held-out loss beside the baselines' (made beside)."""
     import ray
 
     tokens = stage.input("shards") / "tokens"
     manifest = json.loads((tokens / "manifest.json").read_text())
     _same_tokenizer(manifest, stage.input("tokenizer") / "tokenizer")
     rows = min(stage.recipe.pretrain.held_out_rows, manifest["held_out"]["rows"])
-    baselines = ray.get(
-        ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows)
-    )
+    counting = ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows)
+    training.train(_job(stage, manifest, tokens, rows), "pretrain", stage.record)
+    training.export(stage.folder.path)
+    baselines = ray.get(counting)
     stage.log.info(
         "held-out baselines: unigram %.4f, bigram %.4f nats a token", baselines["unigram"], baselines["bigram"]
     )
-    job = _job(stage, manifest, tokens, rows, baselines["targets"])
-    training.train(job, "pretrain", stage.record)
-    training.export(stage.folder.path)
     return _outcome(stage, manifest, baselines)
 
 
@@ -78,9 +76,10 @@ def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, f
     }
 
 
-def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, targets: int) -> training.Job:
+def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int) -> training.Job:
     recipe = stage.recipe
     settings = recipe.pretrain
+    held_out = HeldOutRows.first(rows, tokens / "held_out", manifest["pad_id"], settings)
     tokenizer = stage.input("tokenizer") / "tokenizer"
     return training.Job(
         folder=stage.folder.path,
@@ -89,8 +88,8 @@ def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, tar
         objective=next_token_objective,
         tokenizer=tokenizer,
         stream=RowStream.of(tokens / "train", manifest["pad_id"], settings, recipe.seed),
-        held_out=HeldOutRows.first(rows, tokens / "held_out", manifest["pad_id"], settings),
-        facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": targets},
+        held_out=held_out,
+        facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": held_out.targets()},
     )
 
 
