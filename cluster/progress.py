@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,3 +78,27 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+@contextmanager
+def copied_output(path: Path) -> Iterator[None]:
+    """Append all that this process and its children print to `path` as well, as it comes, until the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    read, write = os.pipe()
+    kept = [os.dup(1), os.dup(2)]
+    with open(path, "ab", buffering=0) as copy:
+        copier = threading.Thread(target=_copy, args=(read, kept[0], copy.fileno()), daemon=True)
+        copier.start()
+        os.dup2(write, 1), os.dup2(write, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            os.close(write)
+            copier.join(5.0)  # a child that lives on may hold the pipe open
+
+
+def _copy(source: int, *targets: int) -> None:
+    while chunk := os.read(source, 1 << 16):
+        for target in targets:
+            os.write(target, chunk)

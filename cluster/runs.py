@@ -3,6 +3,7 @@
 runs/NAME/recipe.yaml      the resolved recipe
 runs/NAME/lineage.json     what each artefact was made of
 runs/NAME/STAGE/           artefacts, metrics.jsonl, logs/, state.json while it runs, done.json written last
+runs/NAME/jobs/            what each attempt as a Ray job printed
 runs/NAME/.previous/       stages whose settings changed, kept under their key and taken back if it returns
 """
 
@@ -113,11 +114,16 @@ class Run:
     def lineage(self) -> Path:
         return self.path / "lineage.json"
 
+    @property
+    def jobs(self) -> Path:
+        """Where the output of Ray jobs that worked on the run is kept, a file an attempt."""
+        return self.path / "jobs"
+
     def check_schema(self) -> None:
         """Refuse a folder that another version of the layout wrote, or that is no run at all."""
         lineage = read_json(self.lineage)
         if lineage is None:
-            if self.path.is_dir() and any(child.name != ".lock" for child in self.path.iterdir()):
+            if self.path.is_dir() and any(child.name not in (".lock", "jobs") for child in self.path.iterdir()):
                 raise BadInput(
                     Problem(f"{self.path} exists and is not a run folder (no lineage.json)", "use name= or --runs")
                 )
@@ -142,6 +148,17 @@ class Run:
                     Problem(f"another command is working on {self.path}", "wait for it, or use name= for a second run")
                 ) from None
             yield
+
+    def is_held(self) -> bool:
+        """Whether some process is working on the run."""
+        if not (self.path / ".lock").exists():
+            return False
+        with open(self.path / ".lock") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
 
 
 def _lock_file(folder: Path) -> IO[str]:

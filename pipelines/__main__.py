@@ -7,7 +7,9 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,9 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.dry_run:
         report.show_plan(journey, as_json=chosen.json)
         return
-    before = [step.stage.name for step in journey.plan() if step.runs] if journey.run.path.exists() else None
-    execute(journey)
+    before = [step.stage.name for step in journey.plan() if step.runs] if journey.run.lineage.exists() else None
+    with _kept_output(journey.run):
+        execute(journey)
     if before == []:
         print(f"{journey.run.path}: every stage is done, nothing to do", file=sys.stderr)
     report.show_run(journey.run, as_json=chosen.json)
@@ -74,6 +77,55 @@ def one_stage(chosen: argparse.Namespace) -> None:
     """Run a single stage of a recipe."""
     chosen.first = chosen.last = chosen.stage
     run(chosen)
+
+
+def submit(chosen: argparse.Namespace) -> None:
+    """Run a recipe as a Ray job on a cluster, or attach to the attempt that is running."""
+    from cluster.jobs import Jobs, cluster_address
+    from pipelines import report
+    from pipelines.submit import submit as submit_journey
+
+    first, last = (chosen.stage, chosen.stage) if chosen.stage else (chosen.first, chosen.last)
+    journey = _journey(chosen, first, last, on_cluster=True)
+    if chosen.dry_run:
+        report.show_plan(journey, as_json=chosen.json)
+        return
+    submit_journey(journey, Jobs(cluster_address(chosen.cluster)), wait=not chosen.no_wait)
+
+
+def status(chosen: argparse.Namespace) -> None:
+    """What works on a run and how far it is."""
+    from pipelines.control import jobs_if_named, show_status
+
+    root, jobs = runs_root(chosen.runs), jobs_if_named(chosen.cluster)
+    run = _run_if_there(chosen.run, root) if chosen.run else None
+    attempts = jobs.attempts(chosen.run) if jobs else []
+    if chosen.run and run is None and not attempts:
+        find_run(chosen.run, root)  # says which runs there are
+    show_status(run, attempts, chosen.json)
+
+
+def logs(chosen: argparse.Namespace) -> None:
+    """What a run, a stage or a rank printed."""
+    from pipelines.control import jobs_if_named, show_logs
+    from pipelines.submit import follow
+
+    run = _run_if_there(chosen.run, runs_root(chosen.runs))
+    jobs = None if run else jobs_if_named(chosen.cluster)
+    attempts = jobs.attempts(chosen.run) if jobs else []
+    if jobs and attempts:
+        follow(jobs, attempts[-1])
+        return
+    run = run or find_run(chosen.run, runs_root(chosen.runs))
+    show_logs(run, chosen.stage, chosen.rank, chosen.lines, chosen.follow)
+
+
+def stop(chosen: argparse.Namespace) -> None:
+    """Save a run's state and end what works on it."""
+    from pipelines.control import jobs_if_named
+    from pipelines.control import stop as stop_run
+
+    stop_run(chosen.run, runs_root(chosen.runs), jobs_if_named(chosen.cluster))
 
 
 def show_report(chosen: argparse.Namespace) -> None:
@@ -143,6 +195,22 @@ def serve(chosen: argparse.Namespace) -> None:
                 app.stop()
 
 
+def render_manifests(chosen: argparse.Namespace) -> None:
+    """Write a recipe's Kubernetes manifests into a folder, or print them."""
+    from cluster import manifests
+    from pipelines.deploy import order
+    from pipelines.recipe import load_recipe
+
+    recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
+    node = manifests.Node(chosen.pod_cpus, chosen.pod_gpus, chosen.memory_per_cpu)
+    documents = manifests.render(order(recipe, chosen.runs, node, chosen.image), chosen.overlay)
+    if chosen.out is None:
+        print(manifests.as_yaml(documents), end="")
+        return
+    for name in manifests.write(documents, Path(chosen.out).expanduser().absolute()):
+        print(Path(chosen.out, name))
+
+
 def _use(address: str, name: str, chosen: argparse.Namespace, recipe: Any) -> None:
     """Try the service over HTTP, or leave it to its clients."""
     from pipelines import trial
@@ -162,19 +230,42 @@ def _use(address: str, name: str, chosen: argparse.Namespace, recipe: Any) -> No
 # What arguments mean
 
 
-def _journey(chosen: argparse.Namespace, first: str, last: str) -> Any:
+def _journey(chosen: argparse.Namespace, first: str, last: str, on_cluster: bool = False) -> Any:
     from pipelines.recipe import load_recipe
     from pipelines.run import Journey
 
     recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
     root = chosen.runs or os.environ.get("HEADWATER_RUNS")
-    if os.environ.get("RAY_JOB_ID") and not (root and Path(root).is_absolute()):
+    if (on_cluster or _in_ray_job()) and not (root and Path(root).is_absolute()):
         raise BadInput(
             Problem(
                 f"a Ray job needs an absolute --runs, got {root!r}", "its working directory is thrown away afterwards"
             )
         )
     return Journey(recipe, Run(runs_root(chosen.runs) / recipe.name), first, last, chosen.verify)
+
+
+def _in_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_ID" in os.environ
+
+
+def _kept_output(run: Run) -> AbstractContextManager[None]:
+    """In a Ray job, what is printed goes into the run folder as well: the job's own log dies with the cluster."""
+    from cluster.jobs import ATTEMPT_VARIABLE
+    from cluster.progress import copied_output
+
+    if not _in_ray_job():
+        return nullcontext()
+    attempt = os.environ.get(ATTEMPT_VARIABLE) or f"job-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    return copied_output(run.jobs / f"{attempt}.log")
+
+
+def _run_if_there(name: str, root: Path) -> Run | None:
+    """The run of that name or path, None where the root does not hold it: it may be known to the cluster alone."""
+    try:
+        return find_run(name, root)
+    except BadInput:
+        return None
 
 
 def model_folder(name_or_path: str, root: Path, stage: str | None = None) -> Path:
@@ -260,11 +351,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs, NAMES)
     for name in NAMES:
         _add_stage(verbs, name)
+    _add_submit(verbs, NAMES)
+    _add_control(verbs, NAMES)
     _add_report(verbs)
     _add_complete(verbs)
     _add_chat(verbs)
     _add_serve(verbs)
     _add_look(verbs)
+    _add_k8s(verbs)
     return parser
 
 
@@ -281,8 +375,42 @@ def _verb(verbs: Any, name: str, verb: Any, text: str) -> argparse.ArgumentParse
 def _add_run(verbs: Any, names: tuple[str, ...]) -> None:
     parser = _verb(verbs, "run", run, "run a recipe's stages, skipping what is done and resuming what was cut off")
     _add_recipe(parser)
+    _add_range(parser, names)
+
+
+def _add_range(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
     parser.add_argument("--from", dest="first", choices=names, default=names[0], help="first stage to consider")
     parser.add_argument("--to", dest="last", choices=names, default=names[-1], help="last stage to consider")
+
+
+def _add_submit(verbs: Any, names: tuple[str, ...]) -> None:
+    parser = _verb(verbs, "submit", submit, "run a recipe as a Ray job, or attach to the attempt that is running")
+    _add_recipe(parser)
+    _add_range(parser, names)
+    _add_cluster(parser)
+    parser.add_argument("--stage", choices=names, help="this stage alone")
+    parser.add_argument("--no-wait", action="store_true", help="submit and return, without following the output")
+
+
+def _add_control(verbs: Any, names: tuple[str, ...]) -> None:
+    parser = _verb(verbs, "status", status, "what works on a run and how far it is")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name; all attempts of the cluster without one")
+    _add_cluster(parser)
+    parser = _verb(verbs, "logs", logs, "what a run, a stage or a rank printed, from the run folder or the cluster")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--stage", choices=names, help="the log of this stage (the last attempt's output)")
+    parser.add_argument("--rank", type=int, help="the log of this training worker, from 0 (the driver's)")
+    parser.add_argument("--lines", type=int, default=200, help="how many lines of its end")
+    parser.add_argument("--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+    _add_cluster(parser)
+    parser = _verb(verbs, "stop", stop, "save a run's state and end what works on it")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    _add_cluster(parser)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    text = "address of the cluster's Jobs API, http://HEAD:8265 (RAY_API_SERVER_ADDRESS, else RAY_ADDRESS)"
+    parser.add_argument("--cluster", metavar="ADDRESS", help=text)
 
 
 def _add_stage(verbs: Any, name: str) -> None:
@@ -354,6 +482,31 @@ def _add_look(verbs: Any) -> None:
     tokens = _verb(things, "tokens", look_tokens, "how a text splits into tokens, with their ids")
     tokens.add_argument("run", metavar="RUN|MODEL", help=MODEL_HELP)
     tokens.add_argument("text", help="the text to split")
+
+
+def _add_k8s(verbs: Any) -> None:
+    about = "manifests that run a recipe on Kubernetes"
+    things = verbs.add_parser("k8s", help=about, description=about).add_subparsers(
+        title="things", required=True, metavar="THING"
+    )
+    text = "write the manifests of a recipe, one file for each thing to apply; k8s/README.md says in what order"
+    parser = things.add_parser(
+        "render", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(verb=render_manifests)
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example name=mine")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as a flag")
+    names = "laptop, gpu, production, spot, kueue or volcano; may be given several times"
+    parser.add_argument("--overlay", action="append", default=[], metavar="NAME", help=names)
+    parser.add_argument("--out", metavar="FOLDER", help="where to write them; without it they are printed")
+    parser.add_argument("--runs", metavar="ROOT", default="/runs", help="folder of all runs, as pods see it, or s3://")
+    parser.add_argument("--image", help="image of every container (what k8s/ says)")
+    parser.add_argument("--pod-cpus", type=int, default=8, metavar="N", help="CPUs that one pod may have, at most")
+    parser.add_argument("--pod-gpus", type=int, default=8, metavar="N", help="GPUs that one pod may have, at most")
+    parser.add_argument(
+        "--memory-per-cpu", type=float, default=4, metavar="GIB", help="memory of a worker, for each CPU"
+    )
 
 
 if __name__ == "__main__":

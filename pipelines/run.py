@@ -68,6 +68,11 @@ class Journey:
             raise BadInput(Problem(f"--from {self.first} comes after --to {self.last}", f"order: {', '.join(NAMES)}"))
         return list(STAGES[begin : end + 1])
 
+    @property
+    def whole(self) -> bool:
+        """Whether it goes from the first stage to the last."""
+        return (self.first, self.last) == (NAMES[0], NAMES[-1])
+
     def plan(self) -> list[Step]:
         """What would run, in order. A stage whose inputs are about to change runs; it may find them unchanged."""
         steps: list[Step] = []
@@ -219,13 +224,14 @@ def preflight(journey: Journey, stages: list[Stage]) -> None:
         raise BadInput(*problems)
     local = expected_resources(journey.recipe.cluster.address)
     if local is not None:
-        problems += _resource_problems(stages, journey.recipe, local)
+        problems += resource_problems_of(stages, journey.recipe, local)
     problems += disk_problems(journey.run.path, sum(stage.demand(journey.recipe).disk_bytes for stage in stages))
     if problems:
         raise PreflightRefused(*problems)
 
 
-def _resource_problems(stages: list[Stage], recipe: Recipe, available: dict[str, float]) -> list[Problem]:
+def resource_problems_of(stages: list[Stage], recipe: Recipe, available: dict[str, float]) -> list[Problem]:
+    """What the stages need at once and `available` lacks, by name."""
     demands = [(stage.name, stage.demand(recipe)) for stage in stages]
     return [problem for name, need in demands for problem in resource_problems(name, need.cpus, need.gpus, available)]
 
@@ -233,7 +239,7 @@ def _resource_problems(stages: list[Stage], recipe: Recipe, available: dict[str,
 def _check_cluster(stages: list[Stage], recipe: Recipe) -> None:
     import ray
 
-    problems = _resource_problems(stages, recipe, ray.cluster_resources())
+    problems = resource_problems_of(stages, recipe, ray.cluster_resources())
     if problems:
         raise PreflightRefused(*problems)
 

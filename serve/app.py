@@ -6,8 +6,9 @@ import ipaddress
 import logging
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
 
 from cluster.errors import BadInput, Problem
@@ -63,6 +64,36 @@ def build(
     options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
     deployment = Service.options(num_replicas=replicas, ray_actor_options=options)  # type: ignore[attr-defined]
     return deployment.bind(str(Path(model_folder).resolve()), model_name, slots, max(1, int(cpus)))
+
+
+class ApplicationArgs(BaseModel):
+    """What `args` of a Serve configuration file may say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_folder: str = Field(description="a Hugging Face model folder that every replica sees")
+    model_name: str = Field(description="name that clients use")
+    replicas: int = Field(1, ge=1, description="generation replicas; the file's autoscaling_config replaces it")
+    cpus: float = Field(1, gt=0, description="CPUs that a replica claims")
+    slots: int = Field(32, ge=1, description="requests that one replica generates for at once")
+    insecure: bool = Field(False, description="answer everyone who can reach it, although there are no keys")
+
+
+def application(args: dict[str, Any]) -> ray_serve.Application:
+    """What a Serve configuration file names as `import_path: serve.app:application`.
+
+    Such a file decides on the address too, usually one that others reach, so `insecure` has to be said in it.
+    """
+    given = ApplicationArgs.model_validate(args)
+    if not given.insecure:
+        raise BadInput(
+            Problem(
+                "the service has no keys, and a Serve configuration opens it to the network",
+                "say `insecure: true` in `args` if everyone who can reach it may use it",
+            )
+        )
+    folder = Path(given.model_folder)
+    return build(folder, given.model_name, replicas=given.replicas, cpus=given.cpus, slots=given.slots)
 
 
 def start(

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from cluster.errors import BadInput, PreflightRefused
+from cluster.jobs import Attempt, Jobs, cluster_address, next_number
+
+
+def job(submission_id: str | None, status: str = "RUNNING") -> SimpleNamespace:
+    return SimpleNamespace(
+        submission_id=submission_id, status=status, driver_exit_code=None, message=None, start_time=None, end_time=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("submission_id", "parts"),
+    [
+        ("tiny-all-1", ("tiny", "all", 1)),
+        ("my-run.2-pretrain-12", ("my-run.2", "pretrain", 12)),
+        ("tiny-sft_rlhf-3", ("tiny", "sft_rlhf", 3)),
+    ],
+)
+def test_an_attempt_is_found_again_by_its_submission_id(submission_id, parts):
+    found = Attempt.of(job(submission_id))
+    assert (found.run, found.stage, found.number) == parts
+    assert found.id == submission_id
+
+
+@pytest.mark.parametrize("submission_id", [None, "raysubmit_Xe7cvjyGJCyuCvm2", "tiny-all"])
+def test_jobs_of_others_are_no_attempts(submission_id):
+    assert Attempt.of(job(submission_id)) is None
+
+
+def test_the_next_number_follows_what_the_cluster_and_the_run_folder_remember(tmp_path):
+    known = [Attempt("tiny", "all", 2, "FAILED")]
+    assert next_number([], tmp_path) == 1
+    assert next_number(known, tmp_path) == 3
+    (tmp_path / "tiny-all-7.log").write_text("a cluster that is gone made this")
+    (tmp_path / "job-20260101-000000.log").write_text("submitted by hand")
+    assert next_number(known, tmp_path) == 8
+
+
+def test_the_address_comes_from_the_flag_or_the_environment(monkeypatch):
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BadInput, match="no cluster named"):
+        cluster_address(None)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")
+    assert cluster_address(None) == "http://head:8265"
+    assert cluster_address("https://other:1") == "https://other:1"
+    with pytest.raises(BadInput, match="ray://head:10001"):
+        cluster_address("ray://head:10001")
+
+
+def test_a_cluster_that_does_not_answer_is_refused_by_name():
+    with pytest.raises(PreflightRefused, match=r"127\.0\.0\.1:9"):
+        Jobs("http://127.0.0.1:9")

@@ -1,0 +1,176 @@
+"""Real Ray nodes as processes of their own, started and killed as machines are, and a search for what they leave."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.commands import environment
+
+TAG = "HEADWATER_TEST_CLUSTER"  # in the environment of every process of a cluster, so that none is overlooked
+STORE_BYTES = 120_000_000
+READY_S = 60.0
+NOTHING: dict[str, object] = {"processes": [], "ports": [], "/dev/shm": set()}
+
+
+@dataclass
+class Node:
+    """A `ray start --block` and all that it has started."""
+
+    process: psutil.Popen
+    log: Path
+
+    def family(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            return [self.process, *self.process.children(recursive=True)]
+        return []
+
+    def named(self, name: str) -> list[psutil.Process]:
+        """The node's processes whose command line holds `name`, by pid."""
+        return sorted((one for one in self.family() if name in title(one)), key=lambda one: one.pid)
+
+    def kill(self) -> None:
+        """The machine is gone: everything on it, at once."""
+        kill_all(self.family())
+        self.process.wait(30)
+
+
+@dataclass
+class Cluster:
+    """A head and workers on this machine, with token authentication, each node with ports of its own."""
+
+    folder: Path
+    tag: str = field(default_factory=lambda: secrets.token_hex(8))
+    token: str = field(default_factory=lambda: secrets.token_hex(32))
+    port: int = 0
+    dashboard_port: int = 0
+    nodes: list[Node] = field(default_factory=list)
+    store_before: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
+
+    @property
+    def address(self) -> str:
+        """Of the Jobs API."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of everything that may talk to the cluster."""
+        return {**environment(), TAG: self.tag, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def start_head(self) -> Node:
+        """A head without CPUs for work. Started again, it takes the ports that it had."""
+        self.port = self.port or free_port()
+        self.dashboard_port = self.dashboard_port or free_port()
+        head = self._start(
+            "--head",
+            f"--port={self.port}",
+            f"--dashboard-port={self.dashboard_port}",
+            "--dashboard-host=127.0.0.1",
+            f"--ray-client-server-port={free_port()}",
+            f"--temp-dir={self.folder}",
+            "--num-cpus=0",
+        )
+        self._wait(lambda: reachable(self.dashboard_port), "the dashboard")
+        return head
+
+    def start_worker(self, cpus: int = 1) -> Node:
+        return self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}")
+
+    def _start(self, *flags: str) -> Node:
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        words = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--object-store-memory={STORE_BYTES}"),
+            *(f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"),
+            *flags,
+        ]
+        with open(log, "wb") as output:
+            process = psutil.Popen(words, env=self.variables, stdout=output, stderr=subprocess.STDOUT)
+        node = Node(process, log)
+        self.nodes.append(node)
+        self._wait(lambda: "Ray runtime started" in log.read_text(errors="replace"), f"a node ({log})")
+        return node
+
+    def _wait(self, ready, what: str) -> None:
+        deadline = time.monotonic() + READY_S
+        while not ready():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what} was not ready after {READY_S} s")
+            time.sleep(0.2)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that carries the cluster's tag, jobs and workers included."""
+        return [one for one in psutil.process_iter() if _carries(one, self.tag)]
+
+    def stop(self) -> None:
+        """End every node by process id. AssertionError names whatever is left of them."""
+        kill_all(self.processes())
+        self._remove_store()
+        left = [f"{one.pid} {title(one)}" for one in self.processes() if one.status() != psutil.STATUS_ZOMBIE]
+        ports = [port for port in (self.port, self.dashboard_port) if port and reachable(port)]
+        shutil.rmtree(self.folder)
+        store = set(os.listdir("/dev/shm")) - self.store_before
+        assert {"processes": left, "ports": ports, "/dev/shm": store} == NOTHING
+
+    def _remove_store(self) -> None:
+        """A killed raylet cannot remove its part of shared memory; a machine that is gone has none."""
+        for name in set(os.listdir("/dev/shm")) - self.store_before:
+            if name.startswith(("plasma", "ray")):
+                (Path("/dev/shm") / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def cluster(workers: int = 2, cpus: int = 1) -> Iterator[Cluster]:
+    """A head and `workers` nodes of `cpus` CPUs each, gone without a trace at the end."""
+    made = Cluster(Path(tempfile.mkdtemp(prefix="hw-", dir="/tmp")))  # sockets lie in it: the path must be short
+    try:
+        made.start_head()
+        for _ in range(workers):
+            made.start_worker(cpus)
+        yield made
+    finally:
+        made.stop()
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=30)
+
+
+def title(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def _carries(process: psutil.Process, tag: str) -> bool:
+    with suppress(psutil.Error):
+        return process.environ().get(TAG) == tag
+    return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as caller:
+        caller.settimeout(1)
+        return caller.connect_ex(("127.0.0.1", port)) == 0
