@@ -18,11 +18,14 @@ WORD = "a-worker-of-this-test"
 
 @contextmanager
 def process(seconds: float):
-    """A process with WORD in its command line."""
+    """A process with WORD in its command line, which Linux shows a moment after the start."""
     code = f"import sys, time; time.sleep({seconds})  # {WORD}"
     with subprocess.Popen([sys.executable, "-c", code]) as started:
-        yield started
-        started.kill()
+        try:
+            wait_until(lambda: leaving.running_here(WORD), "the command line")
+            yield started
+        finally:
+            started.kill()
 
 
 @pytest.fixture
