@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import requests
 
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
@@ -116,9 +117,9 @@ class Jobs:
     def find(self, attempt_id: str) -> Attempt | None:
         return next((one for one in self.attempts() if one.id == attempt_id), None)
 
-    def submit(self, attempt: Attempt, words: list[str], folder: Path, environment: dict[str, str]) -> None:
+    def submit(self, attempt: Attempt, words: list[str], folder: Path) -> None:
         """Start `words` as the attempt's job, in a copy of `folder` on the cluster."""
-        variables = {ATTEMPT_VARIABLE: attempt.id, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **environment}
+        variables = {ATTEMPT_VARIABLE: attempt.id, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
         self._client.submit_job(
             entrypoint=shlex.join(words),
             submission_id=attempt.id,
@@ -132,31 +133,44 @@ class Jobs:
 
     def follow(self, attempt_id: str, write: Callable[[str], None]) -> Attempt:
         """Hand on the attempt's output as it comes, until it has ended. StageFailed if the cluster is lost."""
-        seen, lost_since = 0, None
+        output, lost_since = _Unseen(write), None
         while True:
             try:
-                seen = asyncio.run(self._tail(attempt_id, seen, write))
                 attempt = self.find(attempt_id)
                 if attempt is None:
                     raise StageFailed(_forgotten(attempt_id))
+                asyncio.run(self._tail(attempt_id, output))
                 if not attempt.live:
                     return attempt
                 lost_since = None
-            except (OSError, RuntimeError, requests.RequestException) as error:
+            except (OSError, RuntimeError, aiohttp.ClientError, requests.RequestException) as error:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > LOST_FOR_S:
                     raise StageFailed(_lost(self.address, error)) from error
             time.sleep(1.0)
 
-    async def _tail(self, attempt_id: str, seen: int, write: Callable[[str], None]) -> int:
-        """Hand on what comes after the first `seen` characters; how many there are now."""
-        at = 0
+    async def _tail(self, attempt_id: str, output: _Unseen) -> None:
+        output.restart()
         async for text in self._client.tail_job_logs(attempt_id):
-            fresh = text[max(0, seen - at) :]
-            at += len(text)
-            if fresh:
-                write(fresh)
-        return max(seen, at)
+            output.take(text)
+
+
+class _Unseen:
+    """Hands on what is new of a text that is told from its beginning again after each interruption."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self._write = write
+        self._seen = self._at = 0  # characters
+
+    def restart(self) -> None:
+        self._at = 0
+
+    def take(self, text: str) -> None:
+        fresh = text[max(0, self._seen - self._at) :]
+        self._at += len(text)
+        if fresh:
+            self._seen = self._at
+            self._write(fresh)
 
 
 def next_number(known: list[Attempt], logs: Path) -> int:

@@ -86,19 +86,25 @@ def copied_output(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     read, write = os.pipe()
     kept = [os.dup(1), os.dup(2)]
-    with open(path, "ab", buffering=0) as copy:
-        copier = threading.Thread(target=_copy, args=(read, kept[0], copy.fileno()), daemon=True)
-        copier.start()
-        os.dup2(write, 1), os.dup2(write, 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-            os.close(write)
-            copier.join(5.0)  # a child that lives on may hold the pipe open
+    # The copier owns its ends and closes them when the last child is gone: a child may outlive the block.
+    targets = [os.dup(1), os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)]
+    copier = threading.Thread(target=_copy, args=(read, targets), daemon=True)
+    copier.start()
+    for number in (1, 2):
+        os.dup2(write, number)
+    os.close(write)
+    try:
+        yield
+    finally:
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+        copier.join(5.0)
 
 
-def _copy(source: int, *targets: int) -> None:
+def _copy(source: int, targets: list[int]) -> None:
     while chunk := os.read(source, 1 << 16):
         for target in targets:
             os.write(target, chunk)
+    for done in (source, *targets):
+        os.close(done)

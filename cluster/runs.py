@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from cluster.errors import BadInput, PreflightRefused, Problem
 from llm.files import hash_file, write_json
 
 SCHEMA_VERSION = 1
+LOCK_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,10 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process alone. The lock falls with the process, however that ends."""
         with _lock_file(self.path) as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _taken(handle):
                 raise PreflightRefused(
                     Problem(f"another command is working on {self.path}", "wait for it, or use name= for a second run")
-                ) from None
+                )
             yield
 
     def is_held(self) -> bool:
@@ -161,6 +161,17 @@ class Run:
         return False
 
 
+def _taken(handle: IO[str]) -> bool:
+    """Whether the lock is ours now. `is_held` has it for a moment when it looks, which is no reason to be refused."""
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
 def _lock_file(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +183,14 @@ def _lock_file(folder: Path) -> IO[str]:
 def runs_root(flag: str | None) -> Path:
     """The folder that holds all runs: `--runs`, HEADWATER_RUNS, or runs/ where the command is given."""
     chosen = flag or os.environ.get("HEADWATER_RUNS") or "runs"
+    refuse_object_store(chosen)
     return Path(chosen).expanduser().absolute()
+
+
+def refuse_object_store(root: str) -> None:
+    """BadInput for an address such as s3://BUCKET, which would otherwise become a folder called "s3:"."""
+    if "://" in root:
+        raise BadInput(Problem(f"runs can't lie in object storage yet, got '{root}'", "use a folder every node sees"))
 
 
 def find_run(name_or_path: str, root: Path) -> Run:

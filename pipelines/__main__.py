@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import BadInput, HeadwaterError, Problem, Stopped
-from cluster.runs import Run, find_run, runs_root
+from cluster.runs import Run, find_run, refuse_object_store, runs_root
 
 RUN_HELP = "a run's name or folder"
 WRITERS = ("pretrain", "sft", "rlhf")  # stages whose model writes text
@@ -201,6 +201,7 @@ def render_manifests(chosen: argparse.Namespace) -> None:
     from pipelines.deploy import order
     from pipelines.recipe import load_recipe
 
+    refuse_object_store(chosen.runs)
     recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
     node = manifests.Node(chosen.pod_cpus, chosen.pod_gpus, chosen.memory_per_cpu)
     documents = manifests.render(order(recipe, chosen.runs, node, chosen.image), chosen.overlay)
@@ -246,7 +247,7 @@ def _journey(chosen: argparse.Namespace, first: str, last: str, on_cluster: bool
 
 
 def _in_ray_job() -> bool:
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_ID" in os.environ
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _kept_output(run: Run) -> AbstractContextManager[None]:
@@ -500,7 +501,7 @@ def _add_k8s(verbs: Any) -> None:
     names = "laptop, gpu, production, spot, kueue or volcano; may be given several times"
     parser.add_argument("--overlay", action="append", default=[], metavar="NAME", help=names)
     parser.add_argument("--out", metavar="FOLDER", help="where to write them; without it they are printed")
-    parser.add_argument("--runs", metavar="ROOT", default="/runs", help="folder of all runs, as pods see it, or s3://")
+    parser.add_argument("--runs", metavar="ROOT", default="/runs", help="folder of all runs, as pods see it")
     parser.add_argument("--image", help="image of every container (what k8s/ says)")
     parser.add_argument("--pod-cpus", type=int, default=8, metavar="N", help="CPUs that one pod may have, at most")
     parser.add_argument("--pod-gpus", type=int, default=8, metavar="N", help="GPUs that one pod may have, at most")

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
 from cluster.jobs import Attempt, Jobs
+from cluster.leaving import ask_to_save
 from cluster.progress import console
 from cluster.runs import Run, StageFolder, find_run, read_json
 from pipelines.stage import NAMES
@@ -129,14 +130,14 @@ def _growth(path: Path, at: int) -> Iterator[str]:
 
 def stop(name: str, root: Path, jobs: Jobs | None) -> None:
     """Ask whatever works on the run to save its state and end, and wait until it has."""
-    live = [one for one in jobs.attempts(name) if one.live] if jobs else []
+    live = [one for one in jobs.attempts(Path(name).name) if one.live] if jobs else []
     if jobs and live:
         _stop_attempts(jobs, live)
         return
     run = find_run(name, root)
     if not run.is_held():
         raise BadInput(Problem(f"nothing works on {run.path}", "see: headwater status"))
-    _latest_stage(run).stop_request.touch()
+    ask_to_save(str(run.path))
     _wait(lambda: not run.is_held(), f"{run.path} is still worked on")
     console.print(f"{name}: stopped, state saved; the same command goes on")
 

@@ -60,7 +60,7 @@ def _start(journey: Journey, jobs: Jobs, label: str, known: list[Attempt]) -> At
     number = next_number(known, journey.run.jobs)
     attempt = Attempt(journey.run.name, label, number, "PENDING")
     with packed(journey) as folder:
-        jobs.submit(attempt, _words(journey), folder, {})
+        jobs.submit(attempt, _words(journey), folder)
     console.print(f"{attempt.id} was submitted to {jobs.address} (Ctrl-C leaves it running)")
     return attempt
 

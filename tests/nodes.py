@@ -23,6 +23,7 @@ from tests.commands import environment
 TAG = "HEADWATER_TEST_CLUSTER"  # in the environment of every process of a cluster, so that none is overlooked
 STORE_BYTES = 120_000_000
 READY_S = 60.0
+ORPHANS_S = 30.0  # in which a process notices that its node is gone
 NOTHING: dict[str, object] = {"processes": [], "ports": [], "/dev/shm": set()}
 
 
@@ -116,20 +117,21 @@ class Cluster:
         return [one for one in psutil.process_iter() if _carries(one, self.tag)]
 
     def stop(self) -> None:
-        """End every node by process id. AssertionError names whatever is left of them."""
+        """End every node by process id. AssertionError names what did not go with them."""
+        for node in self.nodes:
+            node.kill()
+        left = self._left_after(ORPHANS_S)
         kill_all(self.processes())
-        self._remove_store()
-        left = [f"{one.pid} {title(one)}" for one in self.processes() if one.status() != psutil.STATUS_ZOMBIE]
         ports = [port for port in (self.port, self.dashboard_port) if port and reachable(port)]
         shutil.rmtree(self.folder)
         store = set(os.listdir("/dev/shm")) - self.store_before
         assert {"processes": left, "ports": ports, "/dev/shm": store} == NOTHING
 
-    def _remove_store(self) -> None:
-        """A killed raylet cannot remove its part of shared memory; a machine that is gone has none."""
-        for name in set(os.listdir("/dev/shm")) - self.store_before:
-            if name.startswith(("plasma", "ray")):
-                (Path("/dev/shm") / name).unlink(missing_ok=True)
+    def _left_after(self, seconds: float) -> list[str]:
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [f"{one.pid} {title(one)}" for one in left]
 
 
 @contextmanager

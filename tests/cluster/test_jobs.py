@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.errors import BadInput, PreflightRefused
+from cluster.errors import BadInput, PreflightRefused, StageFailed
 from cluster.jobs import Attempt, Jobs, cluster_address, next_number
 
 
@@ -57,3 +57,38 @@ def test_the_address_comes_from_the_flag_or_the_environment(monkeypatch):
 def test_a_cluster_that_does_not_answer_is_refused_by_name():
     with pytest.raises(PreflightRefused, match=r"127\.0\.0\.1:9"):
         Jobs("http://127.0.0.1:9")
+
+
+class Interrupted:
+    """A Jobs API whose connection breaks in the middle of the output, once."""
+
+    def __init__(self):
+        self.tails = 0
+
+    def list_jobs(self):
+        return [job("tiny-all-1", "RUNNING" if self.tails == 0 else "SUCCEEDED")]
+
+    async def tail_job_logs(self, attempt_id):
+        self.tails += 1
+        yield "one\ntw"
+        if self.tails == 1:
+            raise RuntimeError("the connection was closed")
+        yield "o\nthree\n"
+
+
+def followed(client) -> tuple[list[str], Attempt]:
+    jobs = object.__new__(Jobs)
+    jobs.address, jobs._client = "http://head:8265", client
+    said: list[str] = []
+    return said, jobs.follow("tiny-all-1", said.append)
+
+
+def test_output_is_told_once_although_the_connection_broke():
+    said, ended = followed(Interrupted())
+    assert "".join(said) == "one\ntwo\nthree\n"
+    assert ended.status == "SUCCEEDED"
+
+
+def test_a_job_that_a_new_head_knows_nothing_of_is_said_to_be_forgotten():
+    with pytest.raises(StageFailed, match="no longer knows tiny-all-1"):
+        followed(SimpleNamespace(list_jobs=list))

@@ -78,9 +78,17 @@ def test_a_folder_that_is_no_run_is_left_alone(call, tmp_path):
 
 
 def test_a_ray_job_needs_an_absolute_root(monkeypatch, capsys):
-    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert command.main(["run", "micro", "--runs", "runs"]) == 2
     assert "needs an absolute --runs, got 'runs'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["run", "micro"], ["k8s", "render", "micro"], ["report", "micro"]])
+def test_object_storage_is_refused_rather_than_taken_for_a_folder(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.main([*words, "--runs", "s3://bucket/runs"]) == 2
+    assert "got 's3://bucket/runs'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class FakeJobs:
     def resources(self):
         return {"CPU": self.cpus}
 
-    def submit(self, attempt, words, folder, environment):
+    def submit(self, attempt, words, folder):
         self.submitted.append((attempt.id, words, sorted(path.name for path in folder.iterdir())))
 
 
