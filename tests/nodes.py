@@ -68,8 +68,11 @@ class Cluster:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of everything that may talk to the cluster."""
-        return {**environment(), TAG: self.tag, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        """The environment of everything that may talk to the cluster. A job's `python` is the one that runs Ray, as
+        it is in an image, whether or not its virtual environment was activated here."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        return {**environment(), **token, "PATH": path, TAG: self.tag}
 
     def start_head(self) -> Node:
         """A head without CPUs for work. Started again, it takes the ports that it had."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,21 @@ while jobs.find("micro-pretrain-1").live:
 """
 
 
+@contextmanager
+def killed_at_the_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """A failed assertion must not wait for a process that waits for what never comes."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_pretraining_on_two_nodes_is_stopped_and_resumed_bit_for_bit(nodes, micro, before_pretrain):
     root, metrics = before_pretrain.parent, before_pretrain / "pretrain" / "metrics.jsonl"
     assert on(nodes, root, "submit", "--stage", "pretrain", "--no-wait").returncode == 0
     stopper = [sys.executable, "-c", STOP_AT_FIVE, nodes.address, str(metrics)]
-    with subprocess.Popen(stopper, cwd=CHECKOUT, env=nodes.variables) as stopping:
+    with killed_at_the_end(subprocess.Popen(stopper, cwd=CHECKOUT, env=nodes.variables)) as stopping:
         assert "is running: attached" in on(nodes, root, "submit", "--stage", "pretrain", "--no-wait").stderr
         assert stopping.wait(240) == 0
     assert [one["status"] for one in attempts(nodes, root)] == ["STOPPED"]
@@ -77,7 +88,7 @@ def test_a_wrong_token_is_refused(nodes, tmp_path):
 
 def test_a_failed_job_ends_the_command_with_its_exit_code(nodes, tmp_path):
     failed = on(nodes, tmp_path, "submit", "--stage", "tokenizer")
-    assert failed.returncode == 2
+    assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "tokenizer needs ingest" in failed.stdout
 
 
