@@ -27,8 +27,8 @@ QUIET = {
 }
 # Where Ray is this machine alone: no watcher for nodes about to be taken away, whose actor costs seconds to start, and
 # workers looked at more often than every 2 s, which is how long Ray Train takes to see that they have ended. A process
-# that has done with a task is kept for the next, with all that it has imported, rather than ended after a second; those
-# that Ray starts in advance fit none of our tasks, which have a runtime environment.
+# whose task is done is kept for the next, with all that it has imported, rather than ended after a second. Those that
+# Ray starts in advance fit none of our tasks, which have a runtime environment.
 ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
