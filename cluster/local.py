@@ -32,7 +32,7 @@ QUIET = {
 ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_num_workers_soft_limit": "5",
+    "RAY_num_workers_soft_limit": "4",
     "RAY_prestart_worker_first_driver": "0",
 }
 
