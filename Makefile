@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format
+.PHONY: demo test soak check format
 
 demo: $(STAMP)  ## raw text to a served base model, on this machine
 	$(BIN)/headwater run tiny
@@ -12,6 +12,9 @@ demo: $(STAMP)  ## raw text to a served base model, on this machine
 
 test: $(STAMP)  ## every test, the slow ones included
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)  ## every stage with every fault, about an hour
+	$(BIN)/python -m pytest -m soak
 
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

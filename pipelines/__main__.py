@@ -128,6 +128,21 @@ def stop(chosen: argparse.Namespace) -> None:
     stop_run(chosen.run, runs_root(chosen.runs), jobs_if_named(chosen.cluster))
 
 
+def doctor(chosen: argparse.Namespace) -> None:
+    """Look at this machine, or at every node of a cluster."""
+    from pipelines import doctor as findings
+
+    root = runs_root(chosen.runs)
+    if chosen.cluster:
+        from cluster.jobs import Jobs, cluster_address
+
+        findings.submit(_absolute_root(chosen), Jobs(cluster_address(chosen.cluster)), chosen.json)
+    elif chosen.address:
+        findings.show(findings.findings_on_cluster(root, chosen.address), chosen.json)
+    else:
+        findings.show(findings.findings_here(root), chosen.json)
+
+
 def show_report(chosen: argparse.Namespace) -> None:
     """What a run has made so far."""
     from pipelines import report
@@ -236,14 +251,20 @@ def _journey(chosen: argparse.Namespace, first: str, last: str, on_cluster: bool
     from pipelines.run import Journey
 
     recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
+    root = _absolute_root(chosen) if on_cluster or _in_ray_job() else runs_root(chosen.runs)
+    return Journey(recipe, Run(root / recipe.name), first, last, chosen.verify)
+
+
+def _absolute_root(chosen: argparse.Namespace) -> Path:
+    """The runs root for a Ray job, whose working directory is thrown away afterwards."""
     root = chosen.runs or os.environ.get("HEADWATER_RUNS")
-    if (on_cluster or _in_ray_job()) and not (root and Path(root).is_absolute()):
+    if not (root and Path(root).is_absolute()):
         raise BadInput(
             Problem(
                 f"a Ray job needs an absolute --runs, got {root!r}", "its working directory is thrown away afterwards"
             )
         )
-    return Journey(recipe, Run(runs_root(chosen.runs) / recipe.name), first, last, chosen.verify)
+    return runs_root(root)
 
 
 def _in_ray_job() -> bool:
@@ -354,6 +375,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_stage(verbs, name)
     _add_submit(verbs, NAMES)
     _add_control(verbs, NAMES)
+    _add_doctor(verbs)
     _add_report(verbs)
     _add_complete(verbs)
     _add_chat(verbs)
@@ -407,6 +429,14 @@ def _add_control(verbs: Any, names: tuple[str, ...]) -> None:
     parser = _verb(verbs, "stop", stop, "save a run's state and end what works on it")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     _add_cluster(parser)
+
+
+def _add_doctor(verbs: Any) -> None:
+    parser = _verb(verbs, "doctor", doctor, "look at this machine, or at every node of a cluster, before it is used")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="examine a cluster from within, by its Jobs API")
+    parser.add_argument(
+        "--address", metavar="ADDRESS", help="examine the cluster that this machine is a node of (auto)"
+    )
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:

@@ -76,12 +76,19 @@ def _words(journey: Journey) -> list[str]:
 @contextmanager
 def packed(journey: Journey) -> Iterator[Path]:
     """A folder with what the job needs and nothing else, for as long as the block lasts."""
+    with packed_code() as folder:
+        recipe = yaml.safe_dump(journey.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        yield folder
+
+
+@contextmanager
+def packed_code() -> Iterator[Path]:
+    """A folder with our code alone, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="headwater-job-") as name:
         folder = Path(name)
         for room in ROOMS:
             shutil.copytree(CHECKOUT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        recipe = yaml.safe_dump(journey.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         yield folder
 
 

@@ -35,6 +35,7 @@ from llm import checkpoint as checkpoints
 from llm import zero
 from llm.checkpoint import Checkpoint
 from llm.vocabulary import load_tokenizer
+from pipelines import failures
 from pipelines.schema import TrainingSettings
 from pipelines.stage import Demand
 from pipelines.stream import HeldOutRows, RowStream
@@ -82,8 +83,9 @@ def work(job: Job) -> None:
     """A training worker, from start or checkpoint to the last step. Runs on every rank."""
     import ray.train
 
-    rank = ray.train.get_context().get_world_rank()
-    with log_to(job.folder / "logs" / f"rank-{rank}.log"), sole_writer(job.folder, rank):
+    rank, logs = ray.train.get_context().get_world_rank(), job.folder / "logs"
+    told = failures.recorded(logs, rank, ray.train.get_context().get_world_size())
+    with log_to(logs / f"rank-{rank}.log"), told, sole_writer(job.folder, rank):
         shard = ray.train.get_dataset_shard("train")
         share = job.settings.rows_per_worker
         batches = started(iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)))
@@ -205,20 +207,23 @@ class Trainer:
 
     def _gather(self, nats: float, batch: Batch) -> tuple[float, list[int], bool, dict[str, float]]:
         """The global batch's loss sum, the rows that the ranks really took, whether the run is asked to stop, and the
-        ranks' figures averaged.
+        ranks' figures averaged, with the most memory that one of them has held.
         """
         stop = (self.job.folder / "stop").exists()
         names = sorted(batch.figures)
         figures = [batch.figures[name] for name in names]
         # Row ids are exact in fp64 up to 2^53, so one collective carries everything.
         mine = torch.tensor(
-            [nats, float(stop), *figures, *batch.rows.tolist()], dtype=torch.float64, device=self.device
+            [nats, float(stop), failures.peak_rss_mb(), *figures, *batch.rows.tolist()],
+            dtype=torch.float64,
+            device=self.device,
         )
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         table = torch.stack(everyone).cpu()
-        means = dict(zip(names, table[:, 2:].mean(dim=0).tolist(), strict=False))
-        rows = table[:, 2 + len(names) :].flatten().long().tolist()
+        means = dict(zip(names, table[:, 3:].mean(dim=0).tolist(), strict=False))
+        means["peak_rss_mb"] = float(table[:, 2].max())
+        rows = table[:, 3 + len(names) :].flatten().long().tolist()
         return float(table[:, 0].sum()), rows, bool(table[:, 1].any()), means
 
     def _timing(self, batch: Batch, rows: list[int], seconds: float) -> dict[str, float]:
@@ -384,12 +389,14 @@ def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> 
 
 
 def _fit(job: Job, outcome: list[BaseException]) -> None:
-    from ray.train import TrainingFailedError
+    from ray.train import TrainingFailedError, WorkerGroupError
 
     try:
         _trainer(job).fit()
+    except WorkerGroupError as error:
+        outcome.append(StageFailed(failures.explained(error.worker_failures, job.folder)))
     except TrainingFailedError as error:
-        outcome.append(StageFailed(_first_failure(error)))
+        outcome.append(StageFailed(Problem(str(error), f"look at {job.folder / 'logs'}; {failures.REMEDY}")))
     except BaseException as error:  # handed to the thread that waits, which raises it
         outcome.append(error)
 
@@ -430,18 +437,6 @@ def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
     if (held_out := job.held_out) is not None:
         streams["held_out"] = lambda: held_out.dataset(cpus)
     return streams
-
-
-def _first_failure(error: Exception) -> Problem:
-    """What the first failing rank said, rather than that a worker died."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {}) or {}
-    if not failures:
-        return Problem(str(error), "look at the stage's logs; the same command goes on from the last checkpoint")
-    rank, first = min(failures.items())
-    remedy = "the same command goes on from the last checkpoint"
-    if "No space left" in str(first):
-        remedy = f"free disk space where the run lies; {remedy}"
-    return Problem(f"worker {rank} of the training group failed: {first}", remedy)
 
 
 @contextmanager

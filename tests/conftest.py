@@ -21,6 +21,27 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def pytest_collection_modifyitems(config, items):
+    """Soak tests run when they are asked for by their mark, and not because nothing was asked for."""
+    if "soak" not in config.option.markexpr:
+        items[:] = [item for item in items if "soak" not in item.keywords]
+
+
+ROWS: list[str] = []
+
+
+@pytest.fixture
+def fault_table():
+    """Takes faults for the table that is printed when all tests have run."""
+    return lambda faults: ROWS.extend(fault.row() for fault in faults)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if ROWS:
+        terminalreporter.section("stage, what was killed, what was made again, until it was further than before")
+        terminalreporter.write("\n".join(ROWS) + "\n")
+
+
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory) -> Path:
     """The recipe `micro`, run from raw text to the end by the command. Tests read it and change copies."""

@@ -101,3 +101,12 @@ def test_plain_ray_job_submit_works_too(nodes, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "micro" / "tokenizer" / "done.json").exists()
+
+
+def test_the_doctor_examines_every_node(nodes, tmp_path):
+    line = command("doctor", "--cluster", nodes.address, "--runs", str(tmp_path), "--json")
+    done = subprocess.run(line, cwd=CHECKOUT, env=nodes.variables, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = {one["what"]: one["state"] for one in json.loads(done.stdout[done.stdout.index("[\n") :])}
+    assert [states[what] for what in ("versions", "clocks", "run root", "shared run root")] == ["ok"] * 4
+    assert "bandwidth" in states

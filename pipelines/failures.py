@@ -1,0 +1,165 @@
+"""Why a training group failed: which rank was first, what it said or what killed it, how much memory it had taken.
+
+Each rank keeps a record beside its log, so that what is known of it outlives its process and its node.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import Problem
+from llm.files import write_json
+
+REMEDY = "the same command goes on from the last checkpoint"
+NO_SPACE = "No space left"
+TRACEBACK_LINES = 24
+LOG_LINES = 5
+# What a signal that the process could not survive leaves in the record of faults, and the signal's name.
+FAULTS = {
+    "Segmentation fault": "SIGSEGV",
+    "Aborted": "SIGABRT",
+    "Bus error": "SIGBUS",
+    "Floating-point exception": "SIGFPE",
+    "Floating point exception": "SIGFPE",
+    "Illegal instruction": "SIGILL",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a rank has told of itself. `failed` is the time of its error, in seconds since 1970."""
+
+    rank: int
+    world: int = 0
+    pid: int = 0
+    host: str = ""
+    failed: float = 0.0
+    peak_rss_mb: int = 0
+
+
+@contextmanager
+def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
+    """Keep the rank's record in `logs` while the block runs; an error leaves its time there and goes on."""
+    known = Record(rank, world, os.getpid(), socket.gethostname())
+    write_json(_record(logs, rank), asdict(known))
+    with open(_faults(logs, rank), "w") as faults:
+        faulthandler.enable(faults)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # a full disk must not hide what it is that failed
+                failed = replace(known, failed=time.time(), peak_rss_mb=peak_rss_mb())
+                write_json(_record(logs, rank), asdict(failed))
+            raise
+        finally:
+            faulthandler.disable()
+
+
+def peak_rss_mb() -> int:
+    """The most memory that this process has held so far, in MB (resident set size)."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes // (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def explained(failures: dict[int, Exception], folder: Path) -> Problem:
+    """What to tell of the ranks of `folder`'s group that `failures` names: the first that failed, in its own words.
+
+    A rank that dies takes the others with it, whose errors then say that a connection closed. So one that Ray found
+    dead was the first; where none was, the earliest to raise is.
+    """
+    records = {rank: _read(folder / "logs", rank) for rank in failures}
+    dead = sorted(rank for rank, failure in failures.items() if hasattr(failure, "health_check_failure"))
+    if dead:
+        return _of_death(dead[0], records[dead[0]], failures[dead[0]], folder)
+    first = min(failures, key=lambda rank: (records[rank].failed, rank))
+    return _of_error(records[first], str(failures[first]), folder / "logs")
+
+
+def _of_error(record: Record, said: str, logs: Path) -> Problem:
+    lines = said.strip().splitlines()
+    shown = lines if len(lines) <= TRACEBACK_LINES else ["…", *lines[-TRACEBACK_LINES:]]
+    what = [
+        f"{_who(record)} failed first: {lines[-1]}",
+        *(f"    {line}" for line in shown),
+        f"    memory: {record.peak_rss_mb:,} MB at most",
+        *_last_lines(logs, record.rank),
+    ]
+    return Problem("\n".join(what), f"free disk space where the run lies; {REMEDY}" if NO_SPACE in said else REMEDY)
+
+
+def _of_death(rank: int, record: Record, failure: Exception, folder: Path) -> Problem:
+    logs = folder / "logs"
+    what = [
+        f"{_who(record)} died first: {_signal(logs, rank)}",
+        f"    Ray: {_short(failure)}",
+        *_memory(folder),
+        *_last_lines(logs, rank),
+    ]
+    return Problem("\n".join(what), f"if memory ran out, lower micro_batch or add workers; {REMEDY}")
+
+
+def _who(record: Record) -> str:
+    if not record.pid:
+        return f"rank {record.rank} (which had not begun)"
+    return f"rank {record.rank} of {record.world} (process {record.pid} on {record.host})"
+
+
+def _signal(logs: Path, rank: int) -> str:
+    """The signal's name. One that leaves no trace cannot be caught, or took the whole node."""
+    path = _faults(logs, rank)
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for words, name in FAULTS.items():
+        if words in text:
+            return f"{name}; see {path}"
+    return "SIGKILL, which leaves no words (out of memory, kill -9, or its node is gone)"
+
+
+def _memory(folder: Path) -> list[str]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue  # the line was being written
+        return [f"    memory: {record['peak_rss_mb']:,.0f} MB at most in any rank by step {record['step']}"]
+    return []
+
+
+def _last_lines(logs: Path, rank: int) -> list[str]:
+    path = logs / f"rank-{rank}.log"
+    lines = path.read_text(errors="replace").splitlines()[-LOG_LINES:] if path.exists() else []
+    return [f"    the last lines of {path}:", *(f"        {line}" for line in lines)] if lines else []
+
+
+def _short(failure: Exception) -> str:
+    """Ray's words, without the lines that say what can be the cause of anything."""
+    text = " ".join(str(getattr(failure, "health_check_failure", failure)).split())
+    return re.split(r" Some common causes| There are some potential root causes", text)[0]
+
+
+def _read(logs: Path, rank: int) -> Record:
+    try:
+        return Record(**json.loads(_record(logs, rank).read_text()))
+    except (OSError, ValueError):
+        return Record(rank)  # it failed before it could tell
+
+
+def _record(logs: Path, rank: int) -> Path:
+    return logs / f"rank-{rank}.json"
+
+
+def _faults(logs: Path, rank: int) -> Path:
+    return logs / f"rank-{rank}.faults"

@@ -1,0 +1,95 @@
+"""What the doctor finds: judged from made-up nodes, and tried on real storage and real ports."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+
+import pytest
+
+from cluster import doctor
+from cluster.doctor import Finding, Node, judge
+
+VERSIONS = dict.fromkeys(("python", *doctor.PACKAGES), "1.0")
+SOUND = Node("here", VERSIONS, shm_free=4 << 30, disk_free=100 << 30, open_files=65536)
+
+
+def found(nodes: list[Node], what: str, wanted: dict[str, str] | None = None) -> Finding:
+    return next(one for one in judge(nodes, wanted or {}) if one.what == what)
+
+
+def test_a_sound_node_has_nothing_wrong():
+    assert {one.state for one in judge([SOUND], VERSIONS)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "state", "said"),
+    [
+        ({"versions": {**VERSIONS, "torch": "2.0"}}, "versions", "failure", "torch is 2.0 on there, 1.0 here"),
+        ({"shm_free": 1 << 30}, "shared memory", "warning", "1.0 GiB free on there"),
+        ({"disk_free": 1 << 30}, "disk under the run root", "warning", "1.0 GiB free on there"),
+        ({"open_files": 1024}, "open files", "warning", "1024 a process on there"),
+        ({"storage": {"append": "no"}}, "run root", "failure", "can't append on there: no"),
+    ],
+)
+def test_what_is_wrong_on_one_node_is_named_with_its_remedy(change, what, state, said):
+    finding = found([SOUND, dataclasses.replace(SOUND, host="there", **change)], what)
+    assert (finding.state, said in finding.found, bool(finding.remedy)) == (state, True, True)
+
+
+def test_versions_that_were_not_tested_are_a_warning():
+    finding = found([SOUND], "versions", {"ray": "9.9"})
+    assert (finding.state, finding.found) == ("warning", "ray 1.0 (tested: 9.9)")
+
+
+def test_the_versions_tested_are_those_that_are_pinned():
+    wanted = doctor.tested_versions()
+    assert wanted["ray"] == doctor.examine_versions()["ray"]
+
+
+def test_storage_is_tried_and_left_as_it_was(tmp_path):
+    assert doctor.storage_problems(tmp_path / "runs") == {}
+    assert os.listdir(tmp_path / "runs") == []
+
+
+def test_a_root_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert list(doctor.storage_problems(tmp_path / "file")) == ["be written to"]
+
+
+def test_storage_that_forgets_its_locks_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.fcntl, "flock", lambda *_: None)
+    assert list(doctor.storage_problems(tmp_path)) == ["lock a file"]
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(doctor, "PORTS", {port: "somebody"})
+        taken = doctor.local_findings()[0]
+    assert (taken.state, taken.found) == ("warning", f"taken: {port} (somebody)")
+
+
+@pytest.mark.parametrize(
+    ("variables", "mode", "state"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, None, "failure"),
+        ({"RAY_AUTH_TOKEN": "x"}, None, "ok"),
+        ({}, None, "warning"),
+        ({}, 0o644, "warning"),
+        ({}, 0o600, "ok"),
+    ],
+)
+def test_the_token(tmp_path, monkeypatch, variables, mode, state):
+    path = tmp_path / "token"
+    if mode is not None:
+        path.write_text("x")
+        path.chmod(mode)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**variables, "RAY_AUTH_TOKEN_PATH": str(path)}.items():
+        monkeypatch.setenv(name, value)
+    assert doctor.local_findings()[1].state == state

@@ -1,0 +1,151 @@
+"""Faults on a real cluster: what is killed, when, and what it cost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from llm import checkpoint as checkpoints
+from pipelines.stage import NAMES
+from tests.commands import CHECKOUT, command, records
+from tests.nodes import Cluster, kill_all, title
+
+ATTEMPTS = 6
+ATTEMPT_S = 600
+TRAINING = ("pretrain", "sft", "reward", "rlhf")
+
+
+# What is killed. Each gives False while there is nothing of its kind to kill yet.
+
+
+def data_worker(nodes: Cluster) -> bool:
+    return _kill_one(nodes, "ray::Read", "ray::Map", "ray::MapWorker")
+
+
+def training_worker(nodes: Cluster) -> bool:
+    return _kill_one(nodes, "RayTrainWorker")
+
+
+def node(nodes: Cluster) -> bool:
+    """A worker node with all that runs on it. Another one takes its place."""
+    lost = nodes.nodes.pop()
+    lost.kill()
+    nodes.start_worker()
+    return True
+
+
+def raylet(nodes: Cluster) -> bool:
+    """The process of a worker node that the cluster knows it by; the node's own processes notice."""
+    lost = nodes.nodes.pop()
+    kill_all(lost.named("raylet/raylet"))
+    lost.process.wait(60)
+    nodes.start_worker()
+    return True
+
+
+def driver(nodes: Cluster) -> bool:
+    found = [one for one in nodes.processes() if "pipelines run recipe.yaml" in title(one)]
+    kill_all(found)
+    return bool(found)
+
+
+def head(nodes: Cluster) -> bool:
+    """The head and, without Redis behind it, all that the cluster knew. A new cluster takes its place."""
+    lost, nodes.nodes = nodes.nodes, []
+    for one in lost:
+        one.kill()
+    nodes.start_head()
+    for _ in lost[1:]:
+        nodes.start_worker()
+    return True
+
+
+def _kill_one(nodes: Cluster, *names: str) -> bool:
+    found = [one for each in nodes.nodes for name in names for one in each.named(name)]
+    kill_all(found[:1])
+    return bool(found)
+
+
+# When, and what it cost
+
+
+@dataclass
+class Fault:
+    """Something killed in a stage once that is at work, and what that cost."""
+
+    stage: str
+    kill: Callable[[Cluster], bool]
+    struck: float = 0.0  # time.time()
+    at: int = 0  # steps that the stage had recorded
+    lost: int = 0  # of which were made again
+    recovered_s: float = 0.0  # from the blow until the stage was further than before it, or done
+
+    @property
+    def kind(self) -> str:
+        return self.kill.__name__.replace("_", " ")
+
+    def strike(self, run: Path, nodes: Cluster) -> None:
+        stage = run / self.stage
+        if self.struck or not at_work(stage):
+            return
+        steps, struck = len(records(stage / "metrics.jsonl")), time.time()
+        if self.kill(nodes):
+            saved = checkpoints.newest(stage / "checkpoints") if self.stage in TRAINING else None
+            self.struck, self.at = struck, steps
+            self.lost = steps - (saved.step if saved else 0)
+
+    def watch(self, run: Path) -> None:
+        """Note when the stage was further than the blow had found it."""
+        stage = run / self.stage
+        if not self.struck or self.recovered_s:
+            return
+        if (stage / "done.json").exists() or (self.at and len(records(stage / "metrics.jsonl")) > self.at):
+            self.recovered_s = time.time() - self.struck
+
+    def row(self) -> str:
+        lost = f"{self.lost} of {self.at} steps" if self.stage in TRAINING else "the stage's work so far"
+        return f"{self.stage:10} {self.kind:16} {lost:24} {self.recovered_s:6.0f} s"
+
+
+def at_work(stage: Path) -> bool:
+    """Whether the stage is in the midst of it: past its first checkpoint if it trains, begun if it does not."""
+    if not (stage / "state.json").exists() or (stage / "done.json").exists():
+        return False
+    if stage.name in TRAINING:
+        return checkpoints.newest(stage / "checkpoints") is not None and bool(records(stage / "metrics.jsonl"))
+    return True
+
+
+def drive(nodes: Cluster, root: Path, faults: list[Fault], *words: str) -> list[int]:
+    """Give the same `headwater submit micro WORDS` again until it succeeds, striking as the stages come; its codes."""
+    codes: list[int] = []
+    while (not codes or codes[-1] != 0) and len(codes) < ATTEMPTS:
+        line = command("submit", "micro", "--cluster", nodes.address, "--runs", str(root), *words)
+        with open(root / f"submit-{len(codes)}.log", "wb") as log:
+            process = psutil.Popen(line, cwd=CHECKOUT, env=nodes.variables, stdout=log, stderr=subprocess.STDOUT)
+        codes.append(_until_ended(process, nodes, root / "micro", faults))
+    return codes
+
+
+def _until_ended(process: psutil.Popen, nodes: Cluster, run: Path, faults: list[Fault]) -> int:
+    deadline = time.monotonic() + ATTEMPT_S
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            for fault in faults:
+                fault.strike(run, nodes)
+                fault.watch(run)
+            time.sleep(0.1)
+        return process.wait(10)
+    finally:
+        kill_all([process])
+
+
+def fingerprints(run: Path, names: tuple[str, ...] = NAMES) -> dict[str, str]:
+    """The content hash of what each stage left."""
+    return {name: json.loads((run / name / "done.json").read_text())["fingerprint"] for name in names}
