@@ -18,6 +18,7 @@ from tests.nodes import Cluster, kill_all, title
 
 ATTEMPTS = 6
 ATTEMPT_S = 600
+STEPS_PAST = 3  # steps behind the last checkpoint at the blow: something must be there to lose
 TRAINING = ("pretrain", "sft", "reward", "rlhf")
 
 
@@ -114,11 +115,12 @@ class Fault:
 
 
 def at_work(stage: Path) -> bool:
-    """Whether the stage is in the midst of it: past its first checkpoint if it trains, begun if it does not."""
+    """Whether the stage is in the midst of it: some steps past a checkpoint if it trains, begun if it does not."""
     if not (stage / "state.json").exists() or (stage / "done.json").exists():
         return False
     if stage.name in TRAINING:
-        return checkpoints.newest(stage / "checkpoints") is not None and bool(records(stage / "metrics.jsonl"))
+        saved = checkpoints.newest(stage / "checkpoints")
+        return saved is not None and len(records(stage / "metrics.jsonl")) >= saved.step + STEPS_PAST
     return True
 
 
