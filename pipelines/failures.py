@@ -23,7 +23,10 @@ from cluster.errors import Problem
 from llm.files import write_json
 
 REMEDY = "the same command goes on from the last checkpoint"
-NO_SPACE = "No space left"
+FIRST_REMEDIES = {
+    "No space left": "free disk space where the run lies",
+    "Read-only file system": "make the file system that the run lies on writable again",
+}
 TRACEBACK_LINES = 24
 LOG_LINES = 5
 # What a signal that the process could not survive leaves in the record of faults, and the signal's name.
@@ -73,7 +76,15 @@ def peak_rss_mb() -> int:
     return kilobytes // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
-def explained(failures: dict[int, Exception], folder: Path) -> Problem:
+def explained(error: Exception, folder: Path) -> Problem:
+    """What to tell of a TrainingFailedError of `folder`'s group."""
+    if failures := getattr(error, "worker_failures", None):
+        return of_ranks(failures, folder)
+    cause = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    return Problem(f"training failed outside its workers: {cause[0]}", _remedy(str(error)))
+
+
+def of_ranks(failures: dict[int, Exception], folder: Path) -> Problem:
     """What to tell of the ranks of `folder`'s group that `failures` names: the first that failed, in its own words.
 
     A rank that dies takes the others with it, whose errors then say that a connection closed. So one that Ray found
@@ -96,7 +107,7 @@ def _of_error(record: Record, said: str, logs: Path) -> Problem:
         f"    memory: {record.peak_rss_mb:,} MB at most",
         *_last_lines(logs, record.rank),
     ]
-    return Problem("\n".join(what), f"free disk space where the run lies; {REMEDY}" if NO_SPACE in said else REMEDY)
+    return Problem("\n".join(what), _remedy(said))
 
 
 def _of_death(rank: int, record: Record, failure: Exception, folder: Path) -> Problem:
@@ -108,6 +119,13 @@ def _of_death(rank: int, record: Record, failure: Exception, folder: Path) -> Pr
         *_last_lines(logs, rank),
     ]
     return Problem("\n".join(what), f"if memory ran out, lower micro_batch or add workers; {REMEDY}")
+
+
+def _remedy(said: str) -> str:
+    for words, first in FIRST_REMEDIES.items():
+        if words in said:
+            return f"{first}; {REMEDY}"
+    return REMEDY
 
 
 def _who(record: Record) -> str:

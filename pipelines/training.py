@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cluster.errors import Problem, StageFailed, Stopped
+from cluster.errors import StageFailed, Stopped
 from cluster.progress import console, log_to, progress
 from llm import checkpoint as checkpoints
 from llm import zero
@@ -389,14 +389,12 @@ def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> 
 
 
 def _fit(job: Job, outcome: list[BaseException]) -> None:
-    from ray.train import TrainingFailedError, WorkerGroupError
+    from ray.train import TrainingFailedError
 
     try:
         _trainer(job).fit()
-    except WorkerGroupError as error:
-        outcome.append(StageFailed(failures.explained(error.worker_failures, job.folder)))
     except TrainingFailedError as error:
-        outcome.append(StageFailed(Problem(str(error), f"look at {job.folder / 'logs'}; {failures.REMEDY}")))
+        outcome.append(StageFailed(failures.explained(error, job.folder)))
     except BaseException as error:  # handed to the thread that waits, which raises it
         outcome.append(error)
 

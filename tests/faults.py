@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tests.nodes import Cluster, kill_all, title
 
 ATTEMPTS = 6
 ATTEMPT_S = 600
+GIVEN_UP_S = 45
 STEPS_PAST = 3  # steps behind the last checkpoint at the blow: something must be there to lose
 TRAINING = ("pretrain", "sft", "reward", "rlhf")
 
@@ -64,6 +66,34 @@ def head(nodes: Cluster) -> bool:
     nodes.start_head()
     for _ in lost[1:]:
         nodes.start_worker()
+    return True
+
+
+def head_with_redis(nodes: Cluster) -> bool:
+    """The head alone. The workers wait for the next one, which finds in Redis what the last one knew."""
+    nodes.nodes.pop(0).kill()
+    nodes.nodes.insert(0, nodes.start_head())
+    nodes.nodes.pop()
+    return True
+
+
+def link(nodes: Cluster) -> bool:
+    """A worker node's link, for a moment: shorter than it takes to be given up."""
+    lost = nodes.nodes[-1]
+    lost.cut()
+    time.sleep(4)
+    lost.heal()
+    return True
+
+
+def long_cut(nodes: Cluster) -> bool:
+    """A worker node's link, until the cluster has given the node up. Healed, it is told so and ends; another joins."""
+    lost = nodes.nodes.pop()
+    lost.cut()
+    time.sleep(GIVEN_UP_S)
+    lost.heal()
+    lost.kill()
+    nodes.start_worker()
     return True
 
 
@@ -151,3 +181,13 @@ def _until_ended(process: psutil.Popen, nodes: Cluster, run: Path, faults: list[
 def fingerprints(run: Path, names: tuple[str, ...] = NAMES) -> dict[str, str]:
     """The content hash of what each stage left."""
     return {name: json.loads((run / name / "done.json").read_text())["fingerprint"] for name in names}
+
+
+def before_the_stage(run: Path, stage: str, target: Path) -> None:
+    """A copy of the run in which `stage` and those after it have not begun."""
+    later = NAMES[NAMES.index(stage) :]
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(folder) == run and name in (*later, "wandb", "jobs")]
+
+    shutil.copytree(run, target, ignore=left_out)

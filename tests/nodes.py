@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.commands import environment
+from tests.commands import environment, wait_until
 
 TAG = "HEADWATER_TEST_CLUSTER"  # in the environment of every process of a cluster, so that none is overlooked
 STORE_BYTES = 120_000_000
 READY_S = 60.0
+LINK = "eth0"  # what a node calls its own end of its link
 ORPHANS_S = 30.0  # in which a process notices that its node is gone
 NOTHING: dict[str, object] = {"processes": [], "ports": [], "/dev/shm": set()}
 
@@ -33,6 +35,7 @@ class Node:
 
     process: psutil.Popen
     log: Path
+    cable: str = ""  # the host's end of the node's link, if it has a network of its own
 
     def family(self) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
@@ -48,6 +51,13 @@ class Node:
         kill_all(self.family())
         self.process.wait(30)
 
+    def cut(self) -> None:
+        """Nothing reaches the node, and nothing leaves it."""
+        _ip("link", "set", self.cable, "down")
+
+    def heal(self) -> None:
+        _ip("link", "set", self.cable, "up")
+
 
 @dataclass
 class Cluster:
@@ -59,7 +69,14 @@ class Cluster:
     port: int = 0
     dashboard_port: int = 0
     nodes: list[Node] = field(default_factory=list)
+    started: int = 0
     store_before: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
+    network: Network | None = None
+    redis: Redis | None = None
+
+    @property
+    def head_ip(self) -> str:
+        return self.network.head_ip if self.network else "127.0.0.1"
 
     @property
     def address(self) -> str:
@@ -72,7 +89,8 @@ class Cluster:
         it is in an image, whether or not its virtual environment was activated here."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        return {**environment(), **token, "PATH": path, TAG: self.tag}
+        behind = {"RAY_REDIS_ADDRESS": self.redis.address} if self.redis else {}
+        return {**environment(), **token, **behind, "PATH": path, TAG: self.tag}
 
     def start_head(self) -> Node:
         """A head without CPUs for work. Started again, it takes the ports that it had."""
@@ -86,24 +104,29 @@ class Cluster:
             f"--ray-client-server-port={free_port()}",
             f"--temp-dir={self.folder}",
             "--num-cpus=0",
+            *([f"--redis-password={self.redis.password}"] if self.redis else []),
         )
         self._wait(lambda: reachable(self.dashboard_port), "the dashboard")
         return head
 
     def start_worker(self, cpus: int = 1) -> Node:
-        return self._start(f"--address=127.0.0.1:{self.port}", f"--num-cpus={cpus}")
+        place = self.network.place() if self.network else None
+        return self._start(f"--address={self.head_ip}:{self.port}", f"--num-cpus={cpus}", place=place)
 
-    def _start(self, *flags: str) -> Node:
-        log = self.folder / f"node-{len(self.nodes)}.log"
+    def _start(self, *flags: str, place: Place | None = None) -> Node:
+        self.started += 1
+        log = self.folder / f"node-{self.started}.log"
         words = [
+            *(["ip", "netns", "exec", place.namespace] if place else []),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", f"--object-store-memory={STORE_BYTES}"),
+            *(f"--node-ip-address={place.ip if place else self.head_ip}", f"--object-store-memory={STORE_BYTES}"),
             *(f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"),
             *flags,
         ]
+        link = {"GLOO_SOCKET_IFNAME": LINK} if place else {}
         with open(log, "wb") as output:
-            process = psutil.Popen(words, env=self.variables, stdout=output, stderr=subprocess.STDOUT)
-        node = Node(process, log)
+            process = psutil.Popen(words, env=self.variables | link, stdout=output, stderr=subprocess.STDOUT)
+        node = Node(process, log, place.cable if place else "")
         self.nodes.append(node)
         self._wait(lambda: "Ray runtime started" in log.read_text(errors="replace"), f"a node ({log})")
         return node
@@ -138,9 +161,12 @@ class Cluster:
 
 
 @contextmanager
-def cluster(workers: int = 2, cpus: int = 1) -> Iterator[Cluster]:
+def cluster(
+    workers: int = 2, cpus: int = 1, network: Network | None = None, redis: Redis | None = None
+) -> Iterator[Cluster]:
     """A head and `workers` nodes of `cpus` CPUs each, gone without a trace at the end."""
-    made = Cluster(Path(tempfile.mkdtemp(prefix="hw-", dir="/tmp")))  # sockets lie in it: the path must be short
+    folder = Path(tempfile.mkdtemp(prefix="hw-", dir="/tmp"))  # sockets lie in it: the path must be short
+    made = Cluster(folder, network=network, redis=redis)
     try:
         made.start_head()
         for _ in range(workers):
@@ -148,6 +174,90 @@ def cluster(workers: int = 2, cpus: int = 1) -> Iterator[Cluster]:
         yield made
     finally:
         made.stop()
+
+
+@dataclass
+class Place:
+    """Where a node of a network lives: a namespace with an address, and the host's end of its link."""
+
+    namespace: str
+    cable: str
+    ip: str
+
+
+@dataclass
+class Network:
+    """A bridge on this machine. Each node but the head has a namespace, an address and a link of its own."""
+
+    name: str
+    subnet: str
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def head_ip(self) -> str:
+        return f"{self.subnet}.1"
+
+    def place(self) -> Place:
+        """A namespace linked to the bridge."""
+        number = len(self.places) + 2
+        made = Place(f"{self.name}-{number}", f"{self.name}v{number}", f"{self.subnet}.{number}")
+        self.places.append(made)
+        _ip("netns", "add", made.namespace)
+        _ip("link", "add", made.cable, "type", "veth", "peer", "name", LINK, "netns", made.namespace)
+        _ip("link", "set", made.cable, "master", self.name, "up")
+        _ip("-n", made.namespace, "addr", "add", f"{made.ip}/24", "dev", LINK)
+        for link in ("lo", LINK):
+            _ip("-n", made.namespace, "link", "set", link, "up")
+        return made
+
+
+@contextmanager
+def bridge() -> Iterator[Network]:
+    """A network that is gone at the end. Skips where this process may not make one."""
+    made = Network(f"hw{secrets.token_hex(3)}", f"10.213.{secrets.randbelow(250) + 1}")
+    try:
+        _ip("link", "add", made.name, "type", "bridge")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need root and the command ip: {error}")
+    try:
+        _ip("addr", "add", f"{made.head_ip}/24", "dev", made.name)
+        _ip("link", "set", made.name, "up")
+        yield made
+    finally:
+        for place in made.places:
+            _ip("netns", "del", place.namespace)
+        _ip("link", "del", made.name)
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Redis:
+    """What a head can keep its tables in, so that the next head finds them."""
+
+    port: int
+    password: str
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[Redis]:
+    """A Redis server on loopback, ended by process id. Skips where there is none to start."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server")
+    made = Redis(free_port(), secrets.token_hex(16))
+    words = ["redis-server", "--bind", "127.0.0.1", "--port", str(made.port), "--dir", str(folder), "--save", ""]
+    process = psutil.Popen([*words, "--requirepass", made.password], stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: reachable(made.port), "Redis", 20)
+        yield made
+    finally:
+        kill_all([process])
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+import json
+import subprocess
 
 import pytest
 
 from pipelines.stage import NAMES
 from tests import faults
-from tests.faults import Fault, drive, fingerprints
-from tests.nodes import cluster
+from tests.commands import CHECKOUT, command
+from tests.faults import Fault, before_the_stage, drive, fingerprints
+from tests.nodes import bridge, cluster, redis_server
 
 SOAK_KINDS = (faults.node, faults.driver, faults.head)
 
@@ -34,6 +35,36 @@ def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_tabl
     assert fingerprints(tmp_path / "micro") == fingerprints(micro)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [faults.link, faults.long_cut], ids=lambda kill: kill.__name__)
+def test_a_network_that_is_cut_costs_the_steps_since_the_checkpoint(micro, tmp_path, fault_table, kill):
+    before_the_stage(micro, "pretrain", tmp_path / "micro")
+    blow = Fault("pretrain", kill)
+    with bridge() as network, cluster(network=network) as nodes:
+        codes = drive(nodes, tmp_path, [blow], "--stage", "pretrain")
+    fault_table([blow])
+    assert blow.struck
+    assert codes == [0], (tmp_path / "submit-0.log").read_text()[-4000:]
+    assert fingerprints(tmp_path / "micro", ("pretrain",)) == fingerprints(micro, ("pretrain",))
+
+
+@pytest.mark.slow
+def test_the_next_head_knows_what_the_last_one_knew_where_redis_is_behind_it(micro, tmp_path, fault_table):
+    before_the_stage(micro, "rlhf", tmp_path / "micro")
+    blow = Fault("rlhf", faults.head_with_redis)
+    with redis_server(tmp_path) as redis, cluster(redis=redis) as nodes:
+        workers = [node.process.pid for node in nodes.nodes[1:]]
+        codes = drive(nodes, tmp_path, [blow], "--stage", "rlhf")
+        assert [node.process.pid for node in nodes.nodes[1:]] == workers
+        assert all(node.process.is_running() for node in nodes.nodes)
+        told = command("status", "micro", "--cluster", nodes.address, "--runs", str(tmp_path), "--json")
+        known = subprocess.run(told, cwd=CHECKOUT, env=nodes.variables, capture_output=True, text=True, timeout=60)
+    fault_table([blow])
+    assert codes[-1] == 0, (codes, (tmp_path / f"submit-{len(codes) - 1}.log").read_text()[-4000:])
+    assert [one["status"] for one in json.loads(known.stdout)["attempts"]] == ["FAILED", "SUCCEEDED"]
+    assert fingerprints(tmp_path / "micro", ("rlhf",)) == fingerprints(micro, ("rlhf",))
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("kill", SOAK_KINDS, ids=lambda kill: kill.__name__)
 @pytest.mark.parametrize("stage", NAMES)
@@ -46,13 +77,3 @@ def test_every_stage_survives_every_loss(micro, tmp_path, fault_table, stage, ki
     assert blow.struck, "the stage was over before the blow"
     assert codes[-1] == 0, (codes, (tmp_path / f"submit-{len(codes) - 1}.log").read_text()[-4000:])
     assert fingerprints(tmp_path / "micro", (stage,)) == fingerprints(micro, (stage,))
-
-
-def before_the_stage(run: Path, stage: str, target: Path) -> None:
-    """A copy of the run in which `stage` and those after it have not begun."""
-    later = NAMES[NAMES.index(stage) :]
-
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if Path(folder) == run and name in (*later, "wandb", "jobs")]
-
-    shutil.copytree(run, target, ignore=left_out)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pipelines import failures
-from pipelines.failures import explained, recorded
+from pipelines.failures import explained, of_ranks, recorded
 
 
 class Died(Exception):
@@ -35,7 +35,7 @@ def fail(stage, rank, error):
 def test_the_first_to_raise_is_told_with_its_traceback_and_its_memory(stage):
     told = {1: fail(stage, 1, ValueError("a bad row")), 0: fail(stage, 0, RuntimeError("connection closed by peer"))}
     (stage / "logs" / "rank-1.log").write_text("begun\nat step 7\n")
-    what = explained(told, stage).what
+    what = of_ranks(told, stage).what
     assert what.startswith(f"rank 1 of 2 (process {os.getpid()} on ")
     for words in ("failed first: ValueError: a bad row", "Traceback", " MB at most", "        at step 7"):
         assert words in what
@@ -45,7 +45,7 @@ def test_the_first_to_raise_is_told_with_its_traceback_and_its_memory(stage):
 def test_a_rank_that_was_killed_comes_before_those_that_lost_it(stage):
     die(stage, "os.kill(os.getpid(), 9)")
     (stage / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0, "peak_rss_mb": 812.0}\n{"step": 4, "lo')
-    what = explained({0: fail(stage, 0, RuntimeError("connection closed by peer")), 1: Died()}, stage).what
+    what = of_ranks({0: fail(stage, 0, RuntimeError("connection closed by peer")), 1: Died()}, stage).what
     assert what.startswith("rank 1 of 2 ")
     assert "died first: SIGKILL" in what
     assert "memory: 812 MB at most in any rank by step 3" in what
@@ -56,16 +56,22 @@ def test_a_rank_that_was_killed_comes_before_those_that_lost_it(stage):
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL"])
 def test_a_crash_is_told_by_the_name_of_its_signal(stage, name):
     die(stage, f"os.kill(os.getpid(), {int(getattr(signal, name))})")
-    assert f"died first: {name}" in explained({1: Died()}, stage).what
+    assert f"died first: {name}" in of_ranks({1: Died()}, stage).what
 
 
 def test_a_full_disk_is_told_with_its_remedy(stage):
     told = {0: fail(stage, 0, OSError(28, "No space left on device"))}
-    assert explained(told, stage).remedy.startswith("free disk space")
+    assert of_ranks(told, stage).remedy.startswith("free disk space")
 
 
 def test_a_rank_that_never_began_is_told_too(stage):
-    assert "rank 1 (which had not begun) died first" in explained({1: Died()}, stage).what
+    assert "rank 1 (which had not begun) died first" in of_ranks({1: Died()}, stage).what
+
+
+def test_a_failure_outside_the_ranks_is_told_by_its_last_line(stage):
+    told = explained(RuntimeError("controller error:\nOSError: [Errno 30] Read-only file system: 'x'"), stage)
+    assert told.what == "training failed outside its workers: OSError: [Errno 30] Read-only file system: 'x'"
+    assert told.remedy.startswith("make the file system that the run lies on writable again")
 
 
 def die(stage, how):

@@ -1,0 +1,50 @@
+"""File systems of a test's own, to be filled or made read-only. They need root; where that is missing, tests skip."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A disk of that size mounted at `folder`, gone at the end."""
+    folder.mkdir(parents=True)
+    try:
+        _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder))
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a disk of a test's own needs root: {error}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all that is free; the file that took it."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as handle:
+        try:
+            while True:
+                handle.write(bytes(1 << 16))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+    return filler
+
+
+def make_read_only(disk: Path) -> None:
+    _mount("-o", "remount,ro", str(disk))
+
+
+def make_writable(disk: Path) -> None:
+    _mount("-o", "remount,rw", str(disk))
+
+
+def _mount(*words: str) -> None:
+    subprocess.run(["mount", *words], check=True, capture_output=True, text=True)
