@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check format
+.PHONY: demo test soak check lint format
 
 demo: $(STAMP)  ## raw text to a served base model, on this machine
 	$(BIN)/headwater run tiny
@@ -16,11 +16,13 @@ test: $(STAMP)  ## every test, the slow ones included
 soak: $(STAMP)  ## every stage with every fault, about an hour
 	$(BIN)/python -m pytest -m soak
 
-check: $(STAMP)  ## format, lint, types, fast tests
+check: lint  ## format, lint, types, fast tests
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m "not slow"
 
 format: $(STAMP)  ## put the code into shape
 	$(BIN)/ruff format .
