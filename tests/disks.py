@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+CLOSED_S = 60.0
 
 
 @contextmanager
@@ -39,7 +42,15 @@ def fill(disk: Path) -> Path:
 
 
 def make_read_only(disk: Path) -> None:
-    _mount("-o", "remount,ro", str(disk))
+    """Refused by the kernel for as long as some process has a file there open for writing."""
+    deadline = time.monotonic() + CLOSED_S
+    while True:
+        try:
+            return _mount("-o", "remount,ro", str(disk))
+        except subprocess.CalledProcessError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def make_writable(disk: Path) -> None:

@@ -69,14 +69,6 @@ def head(nodes: Cluster) -> bool:
     return True
 
 
-def head_with_redis(nodes: Cluster) -> bool:
-    """The head alone. The workers wait for the next one, which finds in Redis what the last one knew."""
-    nodes.nodes.pop(0).kill()
-    nodes.nodes.insert(0, nodes.start_head())
-    nodes.nodes.pop()
-    return True
-
-
 def link(nodes: Cluster) -> bool:
     """A worker node's link, for a moment: shorter than it takes to be given up."""
     lost = nodes.nodes[-1]
@@ -125,9 +117,9 @@ class Fault:
         stage = run / self.stage
         if self.struck or not at_work(stage):
             return
+        saved = checkpoints.newest(stage / "checkpoints") if self.stage in TRAINING else None
         steps, struck = len(records(stage / "metrics.jsonl")), time.time()
         if self.kill(nodes):
-            saved = checkpoints.newest(stage / "checkpoints") if self.stage in TRAINING else None
             self.struck, self.at = struck, steps
             self.lost = steps - (saved.step if saved else 0)
 

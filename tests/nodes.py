@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.commands import environment, wait_until
+from tests.commands import environment
 
 TAG = "HEADWATER_TEST_CLUSTER"  # in the environment of every process of a cluster, so that none is overlooked
 STORE_BYTES = 120_000_000
@@ -72,7 +72,6 @@ class Cluster:
     started: int = 0
     store_before: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
     network: Network | None = None
-    redis: Redis | None = None
 
     @property
     def head_ip(self) -> str:
@@ -89,8 +88,7 @@ class Cluster:
         it is in an image, whether or not its virtual environment was activated here."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        behind = {"RAY_REDIS_ADDRESS": self.redis.address} if self.redis else {}
-        return {**environment(), **token, **behind, "PATH": path, TAG: self.tag}
+        return {**environment(), **token, "PATH": path, TAG: self.tag}
 
     def start_head(self) -> Node:
         """A head without CPUs for work. Started again, it takes the ports that it had."""
@@ -104,7 +102,6 @@ class Cluster:
             f"--ray-client-server-port={free_port()}",
             f"--temp-dir={self.folder}",
             "--num-cpus=0",
-            *([f"--redis-password={self.redis.password}"] if self.redis else []),
         )
         self._wait(lambda: reachable(self.dashboard_port), "the dashboard")
         return head
@@ -161,12 +158,10 @@ class Cluster:
 
 
 @contextmanager
-def cluster(
-    workers: int = 2, cpus: int = 1, network: Network | None = None, redis: Redis | None = None
-) -> Iterator[Cluster]:
+def cluster(workers: int = 2, cpus: int = 1, network: Network | None = None) -> Iterator[Cluster]:
     """A head and `workers` nodes of `cpus` CPUs each, gone without a trace at the end."""
     folder = Path(tempfile.mkdtemp(prefix="hw-", dir="/tmp"))  # sockets lie in it: the path must be short
-    made = Cluster(folder, network=network, redis=redis)
+    made = Cluster(folder, network=network)
     try:
         made.start_head()
         for _ in range(workers):
@@ -231,33 +226,6 @@ def bridge() -> Iterator[Network]:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
-
-
-@dataclass
-class Redis:
-    """What a head can keep its tables in, so that the next head finds them."""
-
-    port: int
-    password: str
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-
-@contextmanager
-def redis_server(folder: Path) -> Iterator[Redis]:
-    """A Redis server on loopback, ended by process id. Skips where there is none to start."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("needs redis-server")
-    made = Redis(free_port(), secrets.token_hex(16))
-    words = ["redis-server", "--bind", "127.0.0.1", "--port", str(made.port), "--dir", str(folder), "--save", ""]
-    process = psutil.Popen([*words, "--requirepass", made.password], stdout=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: reachable(made.port), "Redis", 20)
-        yield made
-    finally:
-        kill_all([process])
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

@@ -234,6 +234,7 @@ def test_the_policy_earns_more_of_both_rewards_than_the_chat_model(micro):
         assert models["policy"][score]["mean"] > models["chat"][score]["mean"], score
 
 
+@pytest.mark.soak  # as the journey on several nodes has it for every `make test`
 def test_a_killed_worker_costs_sft_nothing(micro, before):
     copy = before("sft")
     with started("sft", "micro", "--runs", str(copy.parent)) as process:
@@ -245,6 +246,7 @@ def test_a_killed_worker_costs_sft_nothing(micro, before):
     assert same_model(micro, copy, "sft")
 
 
+@pytest.mark.soak  # as the journey on several nodes has it for every `make test`
 def test_a_killed_driver_costs_rlhf_nothing(micro, before):
     copy = before("rlhf")
     with started("rlhf", "micro", "--runs", str(copy.parent)) as process:
