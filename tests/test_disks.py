@@ -11,7 +11,7 @@ from tests.commands import headwater, records, started, wait_until
 from tests.disks import fill, make_read_only, make_writable, small_disk
 from tests.faults import before_the_stage, fingerprints
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 def test_a_disk_that_fills_up_is_named_and_costs_nothing(micro, tmp_path):

@@ -34,11 +34,8 @@ def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_tabl
         assert losses(tmp_path / "micro", stage) == losses(micro, stage)
 
 
-@pytest.mark.parametrize(
-    "kill",
-    [pytest.param(faults.link, marks=pytest.mark.slow), pytest.param(faults.long_cut, marks=pytest.mark.soak)],
-    ids=lambda kill: kill.__name__,
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("kill", [faults.link, faults.long_cut], ids=lambda kill: kill.__name__)
 def test_a_network_that_is_cut_costs_the_steps_since_the_checkpoint(micro, tmp_path, fault_table, kill):
     before_the_stage(micro, "pretrain", tmp_path / "micro")
     blow = Fault("pretrain", kill)
