@@ -70,6 +70,12 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
             faulthandler.disable()
 
 
+def forget(logs: Path) -> None:
+    """Take away what an earlier attempt's ranks told: of one that dies before it begins, it would be untrue."""
+    for path in [*logs.glob("rank-*.json"), *logs.glob("rank-*.faults")]:
+        path.unlink(missing_ok=True)
+
+
 def peak_rss_mb() -> int:
     """The most memory that this process has held so far, in MB (resident set size)."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -141,7 +147,7 @@ def _signal(logs: Path, rank: int) -> str:
     for words, name in FAULTS.items():
         if words in text:
             return f"{name}; see {path}"
-    return "SIGKILL, which leaves no words (out of memory, kill -9, or its node is gone)"
+    return "no trace of a fault, as SIGKILL leaves none (out of memory, kill -9, or its node is gone)"
 
 
 def _memory(folder: Path) -> list[str]:
@@ -152,7 +158,8 @@ def _memory(folder: Path) -> list[str]:
             record: dict[str, Any] = json.loads(line)
         except ValueError:
             continue  # the line was being written
-        return [f"    memory: {record['peak_rss_mb']:,.0f} MB at most in any rank by step {record['step']}"]
+        if "peak_rss_mb" in record:  # which an earlier version did not write
+            return [f"    memory: {record['peak_rss_mb']:,.0f} MB at most in any rank by step {record['step']}"]
     return []
 
 

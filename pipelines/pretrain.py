@@ -98,7 +98,7 @@ def build(shape: Preset, tokenizer: Path, seed: int, saved: Path | None) -> torc
     from transformers import LlamaForCausalLM
 
     if saved is not None:
-        return LlamaForCausalLM.from_pretrained(saved, local_files_only=True)
+        return LlamaForCausalLM.from_pretrained(saved, local_files_only=True, use_safetensors=True)
     return build_model(llama_config(shape, load_tokenizer(tokenizer)), seed)
 
 

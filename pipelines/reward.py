@@ -112,7 +112,7 @@ def load(folder: Path) -> torch.nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, local_files_only=True, trust_remote_code=False
+        folder, num_labels=1, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
 
 

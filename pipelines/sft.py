@@ -114,7 +114,9 @@ def build(base: Path, saved: Path | None) -> torch.nn.Module:
     """The model in `base`, or as it was saved."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(saved or base, local_files_only=True, trust_remote_code=False)
+    return AutoModelForCausalLM.from_pretrained(
+        saved or base, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
 
 
 def _outcome(stage: StageRun, manifest: dict[str, Any]) -> Outcome:

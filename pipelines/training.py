@@ -373,6 +373,7 @@ def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> 
     if job.resume_step() == job.settings.steps:
         return  # killed after the last checkpoint, before the stage was marked as done
     outcome: list[BaseException] = []
+    failures.forget(job.folder / "logs")
     thread = threading.Thread(target=_fit, args=(job, outcome), name="train", daemon=True)
     with _ask_to_stop(job.folder / "stop"), progress(title, job.settings.steps, "steps") as report:
         thread.start()

@@ -47,7 +47,7 @@ def test_a_rank_that_was_killed_comes_before_those_that_lost_it(stage):
     (stage / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0, "peak_rss_mb": 812.0}\n{"step": 4, "lo')
     what = of_ranks({0: fail(stage, 0, RuntimeError("connection closed by peer")), 1: Died()}, stage).what
     assert what.startswith("rank 1 of 2 ")
-    assert "died first: SIGKILL" in what
+    assert "died first: no trace of a fault, as SIGKILL leaves none" in what
     assert "memory: 812 MB at most in any rank by step 3" in what
     assert "Ray: The actor died unexpectedly.\n" in f"{what}\n"
     assert "common causes" not in what
@@ -72,6 +72,15 @@ def test_a_failure_outside_the_ranks_is_told_by_its_last_line(stage):
     told = explained(RuntimeError("controller error:\nOSError: [Errno 30] Read-only file system: 'x'"), stage)
     assert told.what == "training failed outside its workers: OSError: [Errno 30] Read-only file system: 'x'"
     assert told.remedy.startswith("make the file system that the run lies on writable again")
+
+
+def test_what_an_earlier_attempt_told_is_forgotten(stage):
+    die(stage, "os.kill(os.getpid(), 11)")
+    (stage / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')  # of a version that did not measure memory
+    failures.forget(stage / "logs")
+    what = of_ranks({1: Died()}, stage).what
+    assert "which had not begun" in what
+    assert "SIGSEGV" not in what
 
 
 def die(stage, how):
