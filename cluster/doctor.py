@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster import mirror, objects
+from cluster.errors import HeadwaterError, Problem
 from cluster.local import CHECKOUT
 
 PACKAGES = ("ray", "torch", "deepspeed", "transformers", "tokenizers", "pyarrow", "numpy", "pydantic")
@@ -86,6 +88,8 @@ def examine_versions() -> dict[str, str]:
 
 def storage_problems(root: Path) -> dict[str, str]:
     """What a run root must do, and what went wrong when it was tried in a folder of its own; empty if nothing did."""
+    if mirror.key_of(root):
+        return _object_problems(root)
     trials: dict[str, Callable[[Path], str]] = {
         "keep what was written": _keeps,
         "replace a file in one step": _replaces,
@@ -101,6 +105,22 @@ def storage_problems(root: Path) -> dict[str, str]:
     except OSError as error:
         return {"be written to": str(error)}
     return {what: problem for what, problem in tried.items() if problem}
+
+
+def _object_problems(root: Path) -> dict[str, str]:
+    """The same for object storage: objects are whole and replaced at once, and nothing else is asked of it."""
+    folder = str(mirror.key_of(root))
+    key = f"{folder}/.doctor-{os.urandom(4).hex()}"
+    try:
+        objects.check_access(folder)
+        for data in (b"old", b"new"):
+            objects.put(key, data)
+        kept, skew = objects.get(key), objects.modified(key) - time.time()
+        objects.delete(key)
+    except HeadwaterError as error:
+        return {"be used": "; ".join(str(one.what if isinstance(one, Problem) else one) for one in error.problems)}
+    problems = {} if kept == b"new" else {"replace an object": f"it still holds {kept!r}"}
+    return problems | ({"keep time": f"its clock is {skew:+.1f} s from ours"} if abs(skew) > CLOCK_S else {})
 
 
 def _tried(trial: Callable[[Path], str], folder: Path) -> str:
@@ -335,16 +355,20 @@ def _written(root: Path) -> Iterator[tuple[Path, str]]:
         handle.flush()
         os.fsync(handle.fileno())
         fcntl.flock(handle, fcntl.LOCK_EX)
+        mirror.send(Path(handle.name))
         yield Path(handle.name), said
+        mirror.delete(Path(handle.name))
 
 
 def _sees(path: Path, said: str) -> str:
     """What is wrong with the file as another node sees it."""
     deadline = time.monotonic() + SEEN_S
-    while not (path.exists() and path.read_text() == said):
+    while not (mirror.exists(path) and mirror.read(path) == said.encode()):
         if time.monotonic() > deadline:
             return f"a file written elsewhere is not seen after {SEEN_S:.0f} s"
         time.sleep(0.1)
+    if mirror.key_of(path):
+        return ""  # claims stand for locks there
     with open(path) as handle:
         return "a lock held elsewhere is not heeded" if _can_lock(handle) else ""
 

@@ -21,6 +21,7 @@ from typing import Any
 import aiohttp
 import requests
 
+from cluster import mirror
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
 
 LIVE = ("PENDING", "RUNNING")
@@ -175,7 +176,7 @@ class _Unseen:
 
 def next_number(known: list[Attempt], logs: Path) -> int:
     """The number of a run's next attempt: one more than the cluster and the run's own folder of logs remember."""
-    kept = (_ID.fullmatch(path.stem) for path in logs.glob("*.log"))
+    kept = (_ID.fullmatch(name.removesuffix(".log")) for name in mirror.children(logs))
     return 1 + max([0, *(one.number for one in known), *(int(match["number"]) for match in kept if match)])
 
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.runs import Run, read_json
+from cluster import mirror
+from cluster.runs import Run, ask_to_stop, folder_at, read_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def ask_to_save(run: str) -> list[str]:
-    """Ask the stages of the run folder `run` that have begun and not finished; their names. None in object storage."""
-    begun = [] if not run or "://" in run else sorted(Path(run).glob("*/state.json"))
-    stages = [Run(Path(run)).stage(state.parent.name) for state in begun]
-    working = [stage for stage in stages if read_json(stage.path / "done.json") is None]
+    """Ask the stages of the run at the path or address `run` that have begun and not finished; their names."""
+    if not run:
+        return []
+    found = Run(folder_at(run))
+    stages = [found.stage(name) for name in mirror.children(found.path) if not name.startswith(".")]
+    working = [stage for stage in stages if read_json(stage.path / "state.json") and stage.done() is None]
     for stage in working:
-        stage.stop_request.touch()
+        ask_to_stop(stage.path)
     return [stage.name for stage in working]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cluster import mirror
 from cluster.errors import PreflightRefused, Problem
 from cluster.progress import console
 
@@ -70,7 +71,7 @@ def _connect(address: str | None, object_store_mb: int) -> None:
 
     if not address:
         os.environ.update({key: value for key, value in ALONE.items() if key not in os.environ})
-    environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path()}}
+    environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path(), **mirror.same_everywhere()}}
     common = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
     ours = signal.getsignal(signal.SIGTERM)
     if address:

@@ -25,6 +25,7 @@ K8S = Path(__file__).resolve().parent.parent / "k8s"
 RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 COMPONENT = "app.kubernetes.io/component"
 GPU = "nvidia.com/gpu"
+DISK = "ephemeral-storage"
 RECIPE = "/etc/headwater/recipe.yaml"
 LONGEST_OBJECT = 47  # KubeRay adds six characters for a job's cluster, and up to ten for that cluster's services
 LONGEST_NAME = LONGEST_OBJECT - len("headwater-") - len("-tokenizer")
@@ -272,6 +273,21 @@ def _place(spec: Document, order: Order) -> None:
             container["volumeMounts"] = _without_runs(container["volumeMounts"])
     if order.in_object_store:
         spec["volumes"] = _without_runs(spec["volumes"])
+    if order.in_object_store and spec["containers"][0]["name"] in ("ray-head", "ray-worker"):
+        _make_room(spec, math.ceil(order.disk_bytes * 1.25 / 2**30))
+
+
+def _make_room(spec: Document, gib: int) -> None:
+    """Scratch space for the pod's copy of what it works on in object storage."""
+    for volume in spec["volumes"]:
+        if volume["name"] == "scratch":
+            volume["emptyDir"]["sizeLimit"] = f"{_gib(volume['emptyDir']['sizeLimit']) + gib}Gi"
+            resources = spec["containers"][0]["resources"]
+            before = resources["limits"][DISK]
+            more = f"{_gib(before) + gib}Gi"
+            resources["limits"] = {**resources["limits"], DISK: more}
+            if resources["requests"][DISK] == before:
+                resources["requests"] = {**resources["requests"], DISK: more}
 
 
 def _without_runs(named: list[Document]) -> list[Document]:

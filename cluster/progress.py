@@ -14,6 +14,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cluster.segments import growing
+
 LINE_EVERY_S = 10.0
 
 console = Console(stderr=True)
@@ -68,6 +70,13 @@ def _lines(title: str, total: float, unit: str) -> Iterator[Report]:
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Append what the project logs to `path` for as long as the block lasts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with growing(path), _logged(path):
+        yield
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
     log = logging.getLogger("headwater")
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -84,6 +93,12 @@ def log_to(path: Path) -> Iterator[None]:
 def copied_output(path: Path) -> Iterator[None]:
     """Append all that this process and its children print to `path` as well, as it comes, until the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with growing(path), _copied(path):
+        yield
+
+
+@contextmanager
+def _copied(path: Path) -> Iterator[None]:
     read, write = os.pipe()
     kept = [os.dup(1), os.dup(2)]
     # The copier owns its ends and closes them when the last child is gone: a child may outlive the block.

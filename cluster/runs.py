@@ -5,6 +5,8 @@ runs/NAME/lineage.json     what each artefact was made of
 runs/NAME/STAGE/           artefacts, metrics.jsonl, logs/, state.json while it runs, done.json written last
 runs/NAME/jobs/            what each attempt as a Ray job printed
 runs/NAME/.previous/       stages whose settings changed, kept under their key and taken back if it returns
+
+runs/ is a folder that every node sees, or s3://BUCKET/PREFIX, worked on through each node's copy (`cluster.mirror`).
 """
 
 from __future__ import annotations
@@ -21,11 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from cluster import claims, mirror, objects
 from cluster.errors import BadInput, PreflightRefused, Problem
-from llm.files import hash_file, write_json
+from llm import files
+from llm.files import hash_file
 
 SCHEMA_VERSION = 1
 LOCK_TRIES = 5
+STOP_LOOKED_FOR_EVERY_S = 2.0  # in object storage, where to look is a request
+
+_stop_looked_for: dict[Path, tuple[float, bool]] = {}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class StageFolder:
 
     @property
     def stop_request(self) -> Path:
-        """Its presence asks a running stage to save its state and end."""
+        """Its presence asks a running stage to save its state and end (`ask_to_stop`, `stop_is_asked`)."""
         return self.path / "stop"
 
     def done(self) -> dict[str, Any] | None:
@@ -53,32 +60,39 @@ class StageFolder:
 
     def begin(self, key: str) -> None:
         """Make the folder ready for work under `key`: continue what that key began, put anything else aside."""
+        mirror.forget()
         state = read_json(self.path / "state.json")
-        if self.path.exists() and (state or {}).get("key") != key:
+        if is_there(self.path) and (state or {}).get("key") != key:
             self._put_aside((state or {}).get("key", "unknown"))
         self._take_back(key)
         self.logs.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "state.json", {"key": key})
-        self.stop_request.unlink(missing_ok=True)
+        remove(self.stop_request)
         for partial in self.path.glob(".partial-*"):
             remove(partial)
+        mirror.sweep(self.path)
 
     def forget_done(self) -> None:
         """Take the done-marker away: the stage has to run again."""
-        (self.path / "done.json").unlink(missing_ok=True)
+        remove(self.path / "done.json")
+
+    def has(self, name: str) -> bool:
+        """Whether the artefact is there, whole."""
+        return mirror.is_published(self.path / name)
 
     @contextmanager
     def artefact(self, name: str) -> Iterator[Path]:
-        """A folder to fill, which becomes STAGE/`name` when the block ends and leaves no trace if it fails."""
-        partial = self.path / f".partial-{name}"
-        remove(partial)
-        partial.mkdir(parents=True)
+        """A folder to fill, which becomes STAGE/`name` when the block ends and leaves no trace if it fails.
+
+        Tasks on other nodes fill it too; what they write they hand to `mirror.send`.
+        """
+        partial = mirror.new_folder(self.path / name)
         try:
             yield partial
-            remove(self.path / name)
-            partial.rename(self.path / name)
-        finally:
-            remove(partial)
+            mirror.publish(partial, self.path / name)
+        except BaseException:
+            mirror.discard(partial)
+            raise
 
     def finish(self, done: dict[str, Any]) -> None:
         """Write the done-marker, last of all."""
@@ -86,13 +100,18 @@ class StageFolder:
 
     def _put_aside(self, key: str) -> None:
         aside = self._previous(key)
-        remove(aside)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        self.path.rename(aside)
+        if self.path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            self.path.rename(aside)
+        mirror.move(self.path, aside)
 
     def _take_back(self, key: str) -> None:
         aside = self._previous(key)
-        if aside.exists() and not self.path.exists():
+        if not is_there(aside) or is_there(self.path):
+            return
+        mirror.move(aside, self.path)
+        if aside.exists():
             aside.rename(self.path)
 
     def _previous(self, key: str) -> Path:
@@ -125,19 +144,23 @@ class Run:
         """Refuse a folder that another version of the layout wrote, or that is no run at all."""
         lineage = read_json(self.lineage)
         if lineage is None:
-            if self.path.is_dir() and any(child.name not in (".lock", "jobs") for child in self.path.iterdir()):
-                raise BadInput(
-                    Problem(f"{self.path} exists and is not a run folder (no lineage.json)", "use name= or --runs")
-                )
+            if set(mirror.children(self.path)) - {".lock", ".claims", "jobs"}:
+                what = f"{mirror.shown(self.path)} exists and is not a run folder (no lineage.json)"
+                raise BadInput(Problem(what, "use name= or --runs"))
             return
         version = lineage.get("schema_version")
         if version != SCHEMA_VERSION:
             raise BadInput(
                 Problem(
-                    f"{self.path} is a run folder of schema version {version}, this is version {SCHEMA_VERSION}",
+                    f"{mirror.shown(self.path)} has schema version {version}, this is version {SCHEMA_VERSION}",
                     "use the version of headwater that made it, or start a new run with name=",
                 )
             )
+
+    def check_access(self) -> None:
+        """PreflightRefused if the run is to lie in object storage that can't be used."""
+        if key := mirror.key_of(self.path):
+            objects.check_access(key)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -147,10 +170,13 @@ class Run:
                 raise PreflightRefused(
                     Problem(f"another command is working on {self.path}", "wait for it, or use name= for a second run")
                 )
-            yield
+            with claims.claimed(self.path):
+                yield
 
     def is_held(self) -> bool:
         """Whether some process is working on the run."""
+        if mirror.key_of(self.path):
+            return claims.is_claimed(self.path)
         if not (self.path / ".lock").exists():
             return False
         with open(self.path / ".lock") as handle:
@@ -182,29 +208,27 @@ def _lock_file(folder: Path) -> IO[str]:
 
 def runs_root(flag: str | None) -> Path:
     """The folder that holds all runs: `--runs`, HEADWATER_RUNS, or runs/ where the command is given."""
-    chosen = flag or os.environ.get("HEADWATER_RUNS") or "runs"
-    refuse_object_store(chosen)
-    return Path(chosen).expanduser().absolute()
+    return folder_at(flag or os.environ.get("HEADWATER_RUNS") or "runs")
 
 
-def refuse_object_store(root: str) -> None:
-    """BadInput for an address such as s3://BUCKET, which would otherwise become a folder called "s3:"."""
-    if "://" in root:
-        raise BadInput(Problem(f"runs can't lie in object storage yet, got '{root}'", "use a folder every node sees"))
+def folder_at(name: str) -> Path:
+    """The folder at a path or an address."""
+    return mirror.local(name) if "://" in name else Path(name).expanduser().absolute()
 
 
 def find_run(name_or_path: str, root: Path) -> Run:
-    """The run called that, or the run folder at that path."""
-    for candidate in (root / name_or_path, Path(name_or_path).expanduser().absolute()):
-        if (candidate / "lineage.json").is_file():
+    """The run called that, or the run folder at that path or address."""
+    named = [] if "://" in name_or_path else [root / name_or_path]
+    for candidate in (*named, folder_at(name_or_path)):
+        if mirror.exists(candidate / "lineage.json"):
             run = Run(candidate)
             run.check_schema()
             return run
-    raise BadInput(Problem(f"no run '{name_or_path}' under {root}", _known_runs(root)))
+    raise BadInput(Problem(f"no run '{name_or_path}' under {mirror.shown(root)}", _known_runs(root)))
 
 
 def _known_runs(root: Path) -> str:
-    names = sorted(path.parent.name for path in root.glob("*/lineage.json"))
+    names = [name for name in mirror.children(root) if mirror.exists(root / name / "lineage.json")]
     return f"runs there: {', '.join(names)}" if names else "make one with: headwater run tiny"
 
 
@@ -216,22 +240,55 @@ def canonical_hash(value: Any) -> str:
 
 def hash_folder(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder`, by relative name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in mirror.here(folder).rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
 def read_json(path: Path) -> Any:
     """The JSON value in `path`, or None if there is no such file. A damaged file is BadInput."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(mirror.read(path).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise BadInput(Problem(f"{path} is damaged or unreadable: {error}", "restore it or remove it")) from None
+        what = f"{mirror.shown(path)} is damaged or unreadable: {error}"
+        raise BadInput(Problem(what, "restore it or remove it")) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` in one step: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, value)
+    mirror.send(path)
+
+
+def is_there(folder: Path) -> bool:
+    """Whether the folder is there; in object storage, whether anything is in it."""
+    return bool(mirror.names(folder)) if mirror.key_of(folder) else folder.exists()
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Ask the stage at work in `folder` to save its state and end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stop").touch()
+    mirror.send(folder / "stop")
+
+
+def stop_is_asked(folder: Path) -> bool:
+    """Whether the stage at work in `folder` is to save its state and end."""
+    request = folder / "stop"
+    if mirror.key_of(request) is None:
+        return request.exists()
+    looked, found = _stop_looked_for.get(request, (-STOP_LOOKED_FOR_EVERY_S, False))
+    if time.monotonic() - looked >= STOP_LOOKED_FOR_EVERY_S:
+        found = mirror.seen(request)
+        _stop_looked_for[request] = (time.monotonic(), found)
+    return found
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder if it is there."""
+    mirror.delete(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

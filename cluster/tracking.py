@@ -7,8 +7,8 @@ import os
 import uuid
 from typing import Any
 
-from cluster.runs import Run, StageFolder, read_json
-from llm.files import write_json
+from cluster import mirror
+from cluster.runs import Run, StageFolder, read_json, write_json
 
 log = logging.getLogger("headwater")
 
@@ -18,6 +18,7 @@ class Tracker:
 
     def __init__(self, run: Run, folder: StageFolder, project: str | None, config: dict[str, Any]):
         self._wandb: Any = None
+        self._folder = run.path
         if project is not None:
             self._try(self._start, run, folder, project, config)
 
@@ -51,6 +52,7 @@ class Tracker:
             self._try(self._wandb.summary.update, summary)
         if self._wandb is not None:
             self._try(self._wandb.finish, exit_code)
+            self._try(mirror.send, self._folder / "wandb")
         self._wandb = None
 
     def _try(self, call: Any, *args: Any) -> None:

@@ -69,6 +69,23 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+class OnDisk:
+    """Where checkpoints are kept: here, a disk that every rank sees."""
+
+    def name(self, step: int) -> str:
+        """What the checkpoint is called."""
+        return f"step-{step:08d}"
+
+    def hand_over(self, partial: Path, final: Path, names: list[str]) -> None:
+        """Take the files `names`, which this rank has written to `partial`."""
+
+    def publish(self, partial: Path, final: Path) -> None:
+        """Make the checkpoint one that counts. On rank 0, after everyone has handed over; the manifest is there."""
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        write_json(final.parent / "latest.json", {"checkpoint": final.name})
+
+
 def save(
     folder: Path,
     step: int,
@@ -77,33 +94,41 @@ def save(
     world: int,
     fragments: Iterable[Fragment],
     save_model: Callable[[Path], None],
-    barrier: Callable[[], None],
+    gather: Callable[[dict[str, str]], list[dict[str, str]]],
     facts: dict[str, Any],
+    store: OnDisk | None = None,
 ) -> None:
-    """Write checkpoint `step`. Collective: every rank calls it, and none returns before its own part is on disk.
+    """Write checkpoint `step`. Collective: every rank calls it, and none returns before its own part is kept.
 
-    `save_model(path)` writes the Hugging Face folder on rank 0; `facts` go into the manifest.
+    `save_model(path)` writes the Hugging Face folder on rank 0; `gather` gives every rank what each one passed, once
+    all have passed it; `facts` go into the manifest.
     """
-    partial = folder / f".partial-step-{step:08d}"
+    store = store or OnDisk()
+    final = folder / store.name(step)
+    partial = folder / f".partial-{final.name}"
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    save_state(partial / f"state-{rank:02d}-of-{world:02d}.safetensors", fragments)
-    barrier()
+    gather({})
+    own = _write_part(partial, rank, world, fragments, save_model)
+    store.hand_over(partial, final, list(own))
+    files = {name: sha256 for part in gather(own) for name, sha256 in part.items()}
+    if rank == 0:
+        write_json(partial / "manifest.json", {"step": step, "world": world, **facts, "files": files})
+        store.publish(partial, final)
+
+
+def _write_part(
+    partial: Path, rank: int, world: int, fragments: Iterable[Fragment], save_model: Callable[[Path], None]
+) -> dict[str, str]:
+    """What a rank writes of a checkpoint: the SHA-256 of each file by name."""
+    state = partial / f"state-{rank:02d}-of-{world:02d}.safetensors"
+    partial.mkdir(parents=True, exist_ok=True)
+    save_state(state, fragments)
+    written = [state]
     if rank == 0:
         save_model(partial / "model")
-        _publish(partial, folder / f"step-{step:08d}", {"step": step, "world": world, **facts})
-
-
-def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    files = {
-        path.relative_to(partial).as_posix(): hash_file(path) for path in sorted(partial.rglob("*")) if path.is_file()
-    }
-    write_json(partial / "manifest.json", {**manifest, "files": files})
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    write_json(final.parent / "latest.json", {"checkpoint": final.name, "step": manifest["step"]})
+        written += sorted(path for path in (partial / "model").rglob("*") if path.is_file())
+    return {path.relative_to(partial).as_posix(): hash_file(path) for path in written}
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from cluster import mirror
 from cluster.errors import BadInput, HeadwaterError, Problem, Stopped
-from cluster.runs import Run, find_run, refuse_object_store, runs_root
+from cluster.runs import Run, find_run, folder_at, runs_root
 
 RUN_HELP = "a run's name or folder"
 WRITERS = ("pretrain", "sft", "rlhf")  # stages whose model writes text
@@ -65,11 +66,11 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.dry_run:
         report.show_plan(journey, as_json=chosen.json)
         return
-    before = [step.stage.name for step in journey.plan() if step.runs] if journey.run.lineage.exists() else None
+    before = [step.stage.name for step in journey.plan() if step.runs] if mirror.exists(journey.run.lineage) else None
     with _kept_output(journey.run):
         execute(journey)
     if before == []:
-        print(f"{journey.run.path}: every stage is done, nothing to do", file=sys.stderr)
+        print(f"{mirror.shown(journey.run.path)}: every stage is done, nothing to do", file=sys.stderr)
     report.show_run(journey.run, as_json=chosen.json)
 
 
@@ -216,7 +217,6 @@ def render_manifests(chosen: argparse.Namespace) -> None:
     from pipelines.deploy import order
     from pipelines.recipe import load_recipe
 
-    refuse_object_store(chosen.runs)
     recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
     node = manifests.Node(chosen.pod_cpus, chosen.pod_gpus, chosen.memory_per_cpu)
     documents = manifests.render(order(recipe, chosen.runs, node, chosen.image), chosen.overlay)
@@ -252,18 +252,18 @@ def _journey(chosen: argparse.Namespace, first: str, last: str, on_cluster: bool
 
     recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
     root = _absolute_root(chosen) if on_cluster or _in_ray_job() else runs_root(chosen.runs)
-    return Journey(recipe, Run(root / recipe.name), first, last, chosen.verify)
+    run = Run(root / recipe.name)
+    if not on_cluster:  # which alone may have the credentials
+        run.check_access()
+    return Journey(recipe, run, first, last, chosen.verify)
 
 
 def _absolute_root(chosen: argparse.Namespace) -> Path:
     """The runs root for a Ray job, whose working directory is thrown away afterwards."""
     root = chosen.runs or os.environ.get("HEADWATER_RUNS")
-    if not (root and Path(root).is_absolute()):
-        raise BadInput(
-            Problem(
-                f"a Ray job needs an absolute --runs, got {root!r}", "its working directory is thrown away afterwards"
-            )
-        )
+    if not (root and (Path(root).is_absolute() or "://" in root)):
+        remedy = "give a path or s3://BUCKET/PREFIX: its working directory is thrown away afterwards"
+        raise BadInput(Problem(f"a Ray job needs an absolute --runs, got {root!r}", remedy))
     return runs_root(root)
 
 
@@ -292,9 +292,9 @@ def _run_if_there(name: str, root: Path) -> Run | None:
 
 def model_folder(name_or_path: str, root: Path, stage: str | None = None) -> Path:
     """The Hugging Face folder that RUN|MODEL means; of a run, what `stage` made, or else the last stage done."""
-    direct = Path(name_or_path).expanduser()
+    direct = folder_at(name_or_path)
     if (direct / "config.json").is_file():
-        return direct.absolute()
+        return direct
     for name in [stage] if stage else reversed(WRITERS):
         if folder := _made_by(name, name_or_path, root):
             return folder
@@ -308,36 +308,36 @@ def model_folder(name_or_path: str, root: Path, stage: str | None = None) -> Pat
 
 def _made_by(stage: str, run: str, root: Path) -> Path | None:
     """The model that a stage of a run has finished, if there is one."""
-    if (Path(run).expanduser() / "config.json").is_file():
+    if (folder_at(run) / "config.json").is_file():
         return None
     folder = find_run(run, root).stage(stage)
-    return folder.path / "model" if folder.done() else None
+    return mirror.here(folder.path / "model") if folder.done() else None
 
 
 def tokenizer_folder(name_or_path: str, root: Path) -> Path:
     """The tokenizer that RUN|MODEL means; a run has one before it has a model."""
-    direct = Path(name_or_path).expanduser()
+    direct = folder_at(name_or_path)
     if (direct / "tokenizer.json").is_file():
-        return direct.absolute()
+        return direct
     found = find_run(name_or_path, root)
     if found.stage("tokenizer").done() is None:
         raise BadInput(
             Problem(f"run '{found.name}' has no tokenizer yet", f"headwater run {found.name} --to tokenizer")
         )
-    return found.stage("tokenizer").path / "tokenizer"
+    return mirror.here(found.stage("tokenizer").path / "tokenizer")
 
 
 def _recipe_of(name: str, root: Path) -> Any:
     """The recipe that a run was made with; None for a model folder that belongs to no run."""
     from pipelines.recipe import load_recipe
 
-    if (Path(name).expanduser() / "config.json").is_file():
+    if (folder_at(name) / "config.json").is_file():
         return None
-    return load_recipe(str(find_run(name, root).path / "recipe.yaml"))
+    return load_recipe(str(mirror.fetch(find_run(name, root).path / "recipe.yaml")))
 
 
 def _model_name(name_or_path: str) -> str:
-    return Path(name_or_path).expanduser().absolute().name
+    return folder_at(name_or_path).name
 
 
 def _serve_settings(chosen: argparse.Namespace, recipe: Any) -> Any:
@@ -390,7 +390,9 @@ def _verb(verbs: Any, name: str, verb: Any, text: str) -> argparse.ArgumentParse
         name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.set_defaults(verb=verb)
-    parser.add_argument("--runs", metavar="ROOT", help="folder of all runs (HEADWATER_RUNS, else runs/)")
+    parser.add_argument(
+        "--runs", metavar="ROOT", help="folder of all runs, or s3://BUCKET/PREFIX (HEADWATER_RUNS, else runs/)"
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     return parser
 

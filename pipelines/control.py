@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster import mirror, segments
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
 from cluster.jobs import Attempt, Jobs
 from cluster.leaving import ask_to_save
 from cluster.progress import console
 from cluster.runs import Run, StageFolder, find_run, read_json
+from pipelines.records import read_lines
 from pipelines.stage import NAMES
-from pipelines.training import read_lines
 
 POLL_S = 0.5
 STOP_WAIT_S = 600.0
@@ -85,44 +85,36 @@ def _stages_table(run: Run | None, stages: list[dict[str, Any]]) -> Table:
 def show_logs(run: Run, stage: str | None, rank: int | None, lines: int, follow: bool) -> None:
     """The end of a run's log: of a stage's driver or rank, else of the last attempt. Goes on with `follow`."""
     path = log_file(run, stage, rank)
-    text = path.read_text(encoding="utf-8", errors="replace")
-    sys.stdout.write("".join(text.splitlines(keepends=True)[-lines:]))
-    if follow:
-        for fresh in _growth(path, len(text.encode())):
-            sys.stdout.write(fresh)
-            sys.stdout.flush()
+    log = segments.Follower(path)
+    _, text = log.new()
+    sys.stdout.write("".join(text.decode("utf-8", errors="replace").splitlines(keepends=True)[-lines:]))
+    while follow:
+        _, fresh = log.new()
+        sys.stdout.write(fresh.decode("utf-8", errors="replace"))
+        sys.stdout.flush()
+        time.sleep(POLL_S)
 
 
 def log_file(run: Run, stage: str | None, rank: int | None) -> Path:
     """The log that is meant. BadInput names the ones that there are."""
     if stage is None:
-        found = sorted(run.jobs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+        found = [name for name in mirror.children(run.jobs) if name.endswith(".log")]
         if found and rank is None:
-            return found[-1]
+            return max((run.jobs / name for name in found), key=segments.modified)
         stage = _latest_stage(run).name
     path = run.stage(stage).logs / ("driver.log" if rank is None else f"rank-{rank}.log")
-    if not path.is_file():
-        there = ", ".join(sorted(f"{log.parent.parent.name}/{log.name}" for log in run.path.glob("*/logs/*.log")))
-        raise BadInput(Problem(f"no log {path}", f"logs of the run: {there or 'none yet'}"))
+    if not segments.exists(path):
+        there = [f"{name}/{log}" for name in NAMES for log in mirror.children(run.stage(name).logs)]
+        logs = ", ".join(name for name in there if name.endswith(".log"))
+        raise BadInput(Problem(f"no log {mirror.shown(path)}", f"logs of the run: {logs or 'none yet'}"))
     return path
 
 
 def _latest_stage(run: Run) -> StageFolder:
-    begun = [folder for folder in map(run.stage, NAMES) if folder.logs.is_dir()]
+    begun = [folder for folder in map(run.stage, NAMES) if mirror.children(folder.logs)]
     if not begun:
-        raise BadInput(Problem(f"no stage of {run.path} has begun", f"headwater run {run.name}"))
-    return max(begun, key=lambda folder: folder.logs.stat().st_mtime)
-
-
-def _growth(path: Path, at: int) -> Iterator[str]:
-    """What is appended to the file from byte `at` on, until the command is stopped."""
-    with open(path, "rb") as handle:
-        handle.seek(at)
-        while True:
-            if fresh := handle.read():
-                yield fresh.decode("utf-8", errors="replace")
-            else:
-                time.sleep(POLL_S)
+        raise BadInput(Problem(f"no stage of {mirror.shown(run.path)} has begun", f"headwater run {run.name}"))
+    return max(begun, key=lambda folder: segments.modified(folder.logs / "driver.log"))
 
 
 # stop
@@ -136,9 +128,9 @@ def stop(name: str, root: Path, jobs: Jobs | None) -> None:
         return
     run = find_run(name, root)
     if not run.is_held():
-        raise BadInput(Problem(f"nothing works on {run.path}", "see: headwater status"))
-    ask_to_save(str(run.path))
-    _wait(lambda: not run.is_held(), f"{run.path} is still worked on")
+        raise BadInput(Problem(f"nothing works on {mirror.shown(run.path)}", "see: headwater status"))
+    ask_to_save(mirror.shown(run.path))
+    _wait(lambda: not run.is_held(), f"{mirror.shown(run.path)} is still worked on")
     console.print(f"{name}: stopped, state saved; the same command goes on")
 
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
 from cluster.runs import canonical_hash
 from llm.chat import check_messages
@@ -134,7 +135,7 @@ def write(found: Iterable[Conversation | LeftOut], folder: Path, held_out_share:
 
 def load(path: Path) -> Iterator[Conversation]:
     """The conversations of a file that `write` wrote, in order."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(mirror.here(path)) as file:
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 task = json.loads(row["task"]) if row["task"] else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster import doctor
+from cluster import doctor, mirror
 from cluster.doctor import Finding
 from cluster.errors import PreflightRefused, Problem
 from cluster.jobs import Attempt, Jobs, next_number
@@ -37,7 +37,7 @@ def submit(root: Path, jobs: Jobs, as_json: bool) -> None:
     """Examine the cluster from within, as a job, and print what it prints."""
     known = jobs.attempts("doctor")
     attempt = Attempt("doctor", "nodes", next_number(known, root / "none"), "PENDING")
-    words = ["python", "-m", "pipelines", "doctor", "--address", "auto", "--runs", str(root)]
+    words = ["python", "-m", "pipelines", "doctor", "--address", "auto", "--runs", mirror.shown(root)]
     with packed_code() as folder:
         jobs.submit(attempt, [*words, *(["--json"] if as_json else [])], folder)
     follow(jobs, attempt)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster import mirror
+
 
 def parts(folder: Path) -> list[Path]:
     """The Parquet files of a documents folder, in order."""
-    return sorted(folder.glob("*.parquet"))
+    return [folder / name for name in mirror.files(folder) if name.endswith(".parquet")]
 
 
 def is_held_out(document_id: str, share: float) -> bool:
@@ -21,5 +23,5 @@ def is_held_out(document_id: str, share: float) -> bool:
 
 def read(part: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """One Parquet file, a bounded batch at a time."""
-    with pq.ParquetFile(part) as file:
+    with pq.ParquetFile(mirror.here(part)) as file:
         yield from file.iter_batches(batch_size=256, columns=columns)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem
 from cluster.progress import console, progress
-from cluster.runs import canonical_hash, read_json
+from cluster.runs import canonical_hash
 from llm.chat import render_turns
 from llm.files import write_json
 from llm.sampling import SamplingParams
@@ -153,7 +154,8 @@ def measure(
     from llm.loading import load
 
     torch.set_num_threads(max(1, int(settings.cpus_per_task)))
-    manifest = read_json(tokens / "manifest.json")
+    model, tokens, reward = (mirror.here(folder) for folder in (model, tokens, reward))
+    manifest = json.loads((tokens / "manifest.json").read_text())
     _same_tokenizer(model, manifest)
     engine = load(model, slots=settings.slots)
     answers = answers_to(engine, questions.prompts, settings, seed)

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import Problem
-from llm.files import write_json
+from cluster import mirror, segments
+from cluster.errors import Problem, StageFailed
+from cluster.runs import remove, write_json
 
 REMEDY = "the same command goes on from the last checkpoint"
 FIRST_REMEDIES = {
@@ -62,7 +63,7 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            with suppress(OSError):  # a full disk must not hide what it is that failed
+            with suppress(OSError, StageFailed):  # a full disk must not hide what it is that failed
                 failed = replace(known, failed=time.time(), peak_rss_mb=peak_rss_mb())
                 write_json(_record(logs, rank), asdict(failed))
             raise
@@ -72,8 +73,9 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
 
 def forget(logs: Path) -> None:
     """Take away what an earlier attempt's ranks told: of one that dies before it begins, it would be untrue."""
-    for path in [*logs.glob("rank-*.json"), *logs.glob("rank-*.faults")]:
-        path.unlink(missing_ok=True)
+    for name in mirror.children(logs):
+        if re.fullmatch(r"rank-\d+\.(json|faults)", name):
+            remove(logs / name)
 
 
 def peak_rss_mb() -> int:
@@ -151,9 +153,7 @@ def _signal(logs: Path, rank: int) -> str:
 
 
 def _memory(folder: Path) -> list[str]:
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines):
+    for line in reversed(_lines(folder / "metrics.jsonl")):
         try:
             record: dict[str, Any] = json.loads(line)
         except ValueError:
@@ -165,8 +165,16 @@ def _memory(folder: Path) -> list[str]:
 
 def _last_lines(logs: Path, rank: int) -> list[str]:
     path = logs / f"rank-{rank}.log"
-    lines = path.read_text(errors="replace").splitlines()[-LOG_LINES:] if path.exists() else []
-    return [f"    the last lines of {path}:", *(f"        {line}" for line in lines)] if lines else []
+    lines = _lines(path)[-LOG_LINES:]
+    return [f"    the last lines of {mirror.shown(path)}:", *(f"        {line}" for line in lines)] if lines else []
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a file that grew; none if there is no such file."""
+    try:
+        return segments.read(path).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _short(failure: Exception) -> str:
@@ -177,7 +185,7 @@ def _short(failure: Exception) -> str:
 
 def _read(logs: Path, rank: int) -> Record:
     try:
-        return Record(**json.loads(_record(logs, rank).read_text()))
+        return Record(**json.loads(mirror.read(_record(logs, rank))))
     except (OSError, ValueError):
         return Record(rank)  # it failed before it could tell
 

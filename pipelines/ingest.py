@@ -30,8 +30,10 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed, Stopped
 from cluster.progress import progress
+from cluster.runs import stop_is_asked
 from pipelines.collect import SourceFile, crawl_pydoc, fingerprint, is_crawled, pages_wanted, resolve
 from pipelines.readers import Bounds, Document, Dropped, Origin, read_file
 from pipelines.recipe import Recipe
@@ -80,12 +82,13 @@ def _collect(source: Source, stage: StageRun) -> list[SourceFile]:
     if not is_crawled(source):
         return resolve(source)
     warc = stage.folder.path / "crawl" / f"{source.name}.warc.gz"
-    if warc.exists():
-        stage.log.info("%s: %s is complete, not crawled again", source.name, warc)
+    if mirror.exists(warc):
+        stage.log.info("%s: %s is complete, not crawled again", source.name, mirror.shown(mirror.fetch(warc)))
     else:
         with progress("crawl", pages_wanted(source), "pages") as report:
             pages = crawl_pydoc(warc, pages_wanted(source), report)
-        stage.log.info("%s: crawled %d pages into %s", source.name, pages, warc)
+        mirror.send(warc)
+        stage.log.info("%s: crawled %d pages into %s", source.name, pages, mirror.shown(warc))
     return [SourceFile(warc, f"crawl:{warc.name}", warc.stat().st_size)]
 
 
@@ -147,7 +150,7 @@ def _read_all(groups: list[Group], stage: StageRun, targets: list[Path]) -> Iter
     size = sum(group.size for group in groups)
     with progress("ingest", size / 1e6, "MB") as report, closing(_rows(work)) as rows:
         for row in rows:
-            if stage.folder.stop_request.exists():
+            if stop_is_asked(stage.folder.path):
                 raise Stopped("ingest was asked to stop: finished crawls are kept, reading begins anew")
             if row["errno"]:
                 raise StageFailed(_disk_problem(OSError(row["errno"], row["said"]), stage.folder.path))
@@ -188,7 +191,7 @@ def _read_group(item: dict[str, Any], targets: list[Path], bounds: Bounds) -> di
             _part(targets[1], item["number"], Dropped) as dropped,
         ):
             for path, url in zip(item["paths"], item["urls"], strict=True):
-                for row in read_file(Path(path), url, origin, bounds):
+                for row in read_file(mirror.fetch(Path(path)), url, origin, bounds):
                     (dropped if isinstance(row, Dropped) else documents).add(row)
                     summary.count(row)
     except OSError as error:
@@ -222,12 +225,14 @@ class Part:
 @contextmanager
 def _part(folder: Path, number: int, columns: type[NamedTuple]) -> Iterator[Part]:
     """Part `number` of an artefact. It appears under its name when it is whole, so a task may be tried again."""
-    unfinished = folder / f"{UNFINISHED}{number:05d}-{uuid.uuid4().hex}"
+    unfinished, path = folder / f"{UNFINISHED}{number:05d}-{uuid.uuid4().hex}", folder / f"part-{number:05d}.parquet"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with closing(Part(unfinished, columns)) as part:
             yield part
             part.flush()
-        unfinished.replace(folder / f"part-{number:05d}.parquet")
+        unfinished.replace(path)
+        mirror.send(path)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem
 from llm.losses import next_token_nats
 from llm.presets import Preset, build_model, llama_config
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import training
+from pipelines import checkpoints, records, training
 from pipelines.recipe import Recipe
 from pipelines.stage import Outcome, Stage, StageRun
 from pipelines.stream import HeldOutRows, RowStream
@@ -32,12 +33,12 @@ def run(stage: StageRun) -> Outcome:
     import ray
 
     tokens = stage.input("shards") / "tokens"
-    manifest = json.loads((tokens / "manifest.json").read_text())
+    manifest = json.loads((mirror.here(tokens) / "manifest.json").read_text())
     _same_tokenizer(manifest, stage.input("tokenizer") / "tokenizer")
     rows = min(stage.recipe.pretrain.held_out_rows, manifest["held_out"]["rows"])
     counting = ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows)
     training.train(_job(stage, manifest, tokens, rows), "pretrain", stage.record)
-    training.export(stage.folder.path)
+    checkpoints.export(stage.folder.path)
     baselines = ray.get(counting)
     stage.log.info(
         "held-out baselines: unigram %.4f, bigram %.4f nats a token", baselines["unigram"], baselines["bigram"]
@@ -46,7 +47,7 @@ def run(stage: StageRun) -> Outcome:
 
 
 def _same_tokenizer(manifest: dict[str, Any], folder: Path) -> None:
-    found = fingerprint(load_tokenizer(folder))
+    found = fingerprint(load_tokenizer(mirror.here(folder)))
     made_with = manifest["tokenizer_fingerprint"]
     if found != made_with:
         raise BadInput(
@@ -64,11 +65,11 @@ def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, f
     from llm.shardfile import Shards
     from llm.vocabulary import token_bytes
 
-    counts = count(Shards(tokens / "train").flat(COUNTED_TOKENS), manifest["vocab_size"])
+    counts = count(Shards(mirror.here(tokens) / "train").flat(COUNTED_TOKENS), manifest["vocab_size"])
     held_out = RowReader(tokens / "held_out", manifest["pad_id"]).read(np.arange(rows))
     targets = held_out["labels"][:, 1:]
     targets = targets[targets != IGNORED]
-    lengths = token_bytes(load_tokenizer(tokens.parent.parent / "tokenizer" / "tokenizer"))
+    lengths = token_bytes(load_tokenizer(mirror.here(tokens.parent.parent / "tokenizer" / "tokenizer")))
     return {
         **mean_nats(counts, held_out["input_ids"], held_out["labels"]),
         "targets": int(targets.size),
@@ -99,7 +100,7 @@ def build(shape: Preset, tokenizer: Path, seed: int, saved: Path | None) -> torc
 
     if saved is not None:
         return LlamaForCausalLM.from_pretrained(saved, local_files_only=True, use_safetensors=True)
-    return build_model(llama_config(shape, load_tokenizer(tokenizer)), seed)
+    return build_model(llama_config(shape, load_tokenizer(mirror.here(tokenizer))), seed)
 
 
 def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -113,15 +114,15 @@ def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor])
 
 
 def _outcome(stage: StageRun, manifest: dict[str, Any], baselines: dict[str, float]) -> Outcome:
-    records = training.read_lines(stage.folder.path / "metrics.jsonl")
+    steps = records.read_lines(stage.folder.path / "metrics.jsonl")
     nats = {
-        "held_out": training.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"],
+        "held_out": records.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"],
         "bigram": baselines["bigram"],
         "unigram": baselines["unigram"],
     }
     # Nats a target to bits a byte of text: what compares models across tokenizers.
     bits = {name: loss * baselines["targets"] / math.log(2) / baselines["bytes"] for name, loss in nats.items()}
-    tokens = records[-1]["tokens"]
+    tokens = steps[-1]["tokens"]
     parameters = stage.recipe.model.shape.parameters(manifest["vocab_size"])
     return Outcome(
         read=f"{tokens / 1e6:.2f} M tokens ({tokens / manifest['train']['tokens']:.2f} epochs)",
@@ -129,11 +130,11 @@ def _outcome(stage: StageRun, manifest: dict[str, Any], baselines: dict[str, flo
         figure=f"held-out loss {nats['held_out']:.3f} nats, {bits['held_out']:.3f} bits a byte "
         f"(bigram {nats['bigram']:.3f}, {bits['bigram']:.3f}; unigram {nats['unigram']:.3f}, {bits['unigram']:.3f})",
         metrics={
-            "steps": len(records),
+            "steps": len(steps),
             "tokens": tokens,
             "parameters": parameters,
-            "first_loss": records[0]["loss"],
-            "last_loss": records[-1]["loss"],
+            "first_loss": steps[0]["loss"],
+            "last_loss": steps[-1]["loss"],
             "held_out_targets": baselines["targets"],
             "held_out_bytes": baselines["bytes"],
             **{f"{name}_loss": loss for name, loss in nats.items()},

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed, Stopped
 from cluster.progress import progress
-from cluster.runs import canonical_hash, read_json, remove
+from cluster.runs import canonical_hash, remove, stop_is_asked
 from llm.chat import check_messages, render_turns
 from llm.sampling import SamplingParams
 from llm.vocabulary import load_tokenizer
@@ -103,7 +104,8 @@ def choose_prompts(sft: Path, name: str, settings: AnswerSettings, seed: int, wi
     known = {prompt.id for prompt in _small_talk(without)} if without else set()
     path = sft / "conversations" / f"{name}.parquet"
     spoken = {prompt.id: prompt for prompt in _small_talk(path) if prompt.id not in known}
-    tokenizer, longest = load_tokenizer(sft / "model"), _context(sft / "model") - settings.max_new_tokens
+    model = mirror.here(sft / "model")
+    tokenizer, longest = load_tokenizer(model), _context(model) - settings.max_new_tokens
     chosen: list[Prompt] = []
     too_long = 0
     for prompt_id in sorted(spoken, key=lambda prompt_id: canonical_hash([seed, prompt_id])):
@@ -124,7 +126,7 @@ def _small_talk(path: Path) -> Iterator[Prompt]:
 
 
 def _context(model: Path) -> int:
-    return int(read_json(model / "config.json")["max_position_embeddings"])
+    return int(json.loads((model / "config.json").read_text())["max_position_embeddings"])
 
 
 def _refuse_none(found: Found) -> None:
@@ -163,7 +165,7 @@ class _Answerer:
         from llm.loading import load
 
         torch.set_num_threads(max(1, int(settings.cpus_per_actor)))
-        self._engine = load(model, slots=settings.slots)
+        self._engine = load(mirror.here(model), slots=settings.slots)
         self._folder, self._settings, self._seed = folder, settings, seed
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -179,9 +181,11 @@ class _Answerer:
             for prompt, answers in zip(prompts, answered, strict=True)
         ]
         path = _part(self._folder, item["number"])
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".partial-{path.name}")
         pq.write_table(pa.Table.from_pylist(rows, _ANSWERED), unfinished)
         unfinished.replace(path)
+        mirror.send(path)
         return {"answered": len(prompts)}
 
 
@@ -190,9 +194,8 @@ _ANSWERED = pa.schema([SCHEMA.field(name) for name in ("id", "prompt", "answers"
 
 def _answer_all(prompts: list[Prompt], folder: Path, stage: StageRun) -> None:
     """Have every part that isn't there yet written, by actors on the cluster."""
-    folder.mkdir(exist_ok=True)
-    parts = list(enumerate(_parts(prompts)))
-    missing = [(number, part) for number, part in parts if not _part(folder, number).exists()]
+    parts, there = list(enumerate(_parts(prompts))), set(mirror.names(folder))
+    missing = [(number, part) for number, part in parts if _part(folder, number).name not in there]
     done = len(prompts) - sum(len(part) for _, part in missing)
     if done:
         stage.log.info("rank: %d of %d prompts were answered before", done, len(prompts))
@@ -200,7 +203,7 @@ def _answer_all(prompts: list[Prompt], folder: Path, stage: StageRun) -> None:
         for answered in _written(missing, folder, stage) if missing else ():
             done += answered
             report(done)
-            if stage.folder.stop_request.exists():
+            if stop_is_asked(stage.folder.path):
                 raise Stopped(f"rank was asked to stop: {done} of {len(prompts)} prompts are answered and kept")
 
 
@@ -263,9 +266,9 @@ def _judge_all(answers: Path, target: Path, stage: StageRun) -> Tally:
     origin = _origin(stage)
     with ExitStack() as files:
         writers = {name: files.enter_context(pq.ParquetWriter(target / f"{name}.parquet", SCHEMA)) for name in SETS}
-        for part in sorted(answers.glob("part-*.parquet")):
+        for part in (answers / name for name in mirror.names(answers) if name.startswith("part-")):
             rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SETS}
-            for answered in pq.read_table(part).to_pylist():
+            for answered in pq.read_table(mirror.fetch(part)).to_pylist():
                 scores = judged(JUDGES[settings.judge], answered)
                 name = "held_out" if is_held_out(answered["id"], settings.held_out) else "train"
                 rows[name].append({**answered, "ranks": rank(scores), **origin})
@@ -302,7 +305,7 @@ def _refuse_empty(tally: Tally) -> None:
 
 def read_rankings(path: Path) -> Iterator[dict[str, Any]]:
     """The rankings of a file, each as a row of `SCHEMA` whose prompt is a list of messages."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(mirror.here(path)) as file:
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield {**row, "prompt": json.loads(row["prompt"])}

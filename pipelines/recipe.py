@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 from pydantic import model_validator
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem
+from cluster.runs import folder_at
 from pipelines.alignment import EvaluateSettings, RankSettings
 from pipelines.schema import (
     ClusterSettings,
@@ -97,9 +99,9 @@ def _find(name_or_path: str) -> Path:
     shipped_file = RECIPES / f"{name_or_path}.yaml"
     if shipped_file.is_file():
         return shipped_file
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path
+    path = folder_at(name_or_path)
+    if mirror.exists(path) and not path.is_dir():
+        return mirror.fetch(path)
     raise BadInput(
         Problem(f"no recipe '{name_or_path}'", f"name a YAML file or one of the shipped ones: {', '.join(shipped())}")
     )

@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from cluster import mirror
 from cluster.runs import Run
 from pipelines.run import Journey
 from pipelines.stage import NAMES
@@ -25,11 +26,11 @@ def show_plan(journey: Journey, as_json: bool) -> None:
             {"stage": step.stage.name, "runs": step.runs, "why": step.why, **vars(needs[step.stage.name])}
             for step in steps
         ]
-        json.dump({"run": str(journey.run.path), "recipe": resolved, "plan": plan}, sys.stdout, indent=1)
+        json.dump({"run": mirror.shown(journey.run.path), "recipe": resolved, "plan": plan}, sys.stdout, indent=1)
         print()
         return
     print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    table = Table("stage", "runs", "why", "CPUs", "GPUs", "disk", title=f"plan for {journey.run.path}")
+    table = Table("stage", "runs", "why", "CPUs", "GPUs", "disk", title=f"plan for {mirror.shown(journey.run.path)}")
     for step in steps:
         need = needs[step.stage.name]
         disk = f"{need.disk_bytes / 1e6:,.0f} MB"
@@ -43,7 +44,7 @@ def show_run(run: Run, as_json: bool) -> None:
     """The stages that are done: what went in, what came out, seconds, the figure that matters; and what to do next."""
     done = {name: marker for name in NAMES if (marker := run.stage(name).done())}
     if as_json:
-        json.dump({"run": str(run.path), "stages": done}, sys.stdout, indent=1)
+        json.dump({"run": mirror.shown(run.path), "stages": done}, sys.stdout, indent=1)
         print()
         return
     Console().print(_table(run, done))
@@ -51,19 +52,20 @@ def show_run(run: Run, as_json: bool) -> None:
 
 
 def _table(run: Run, done: dict[str, dict[str, Any]]) -> Table:
-    table = Table("stage", "in", "out", "seconds", "figure", title=str(run.path))
+    table = Table("stage", "in", "out", "seconds", "figure", title=mirror.shown(run.path))
     for name, marker in done.items():
         table.add_row(name, marker["read"], marker["wrote"], f"{marker['seconds']:.0f}", marker["figure"])
     return table
 
 
 def _next(run: Run, done: dict[str, Any]) -> str:
+    recipe = mirror.shown(run.path / "recipe.yaml")
     if NAMES[-1] not in done:
-        return f"next: headwater run {run.path / 'recipe.yaml'}"
+        return f"next: headwater run {recipe}"
     ways = {
         f"complete {run.name} 'Once upon a' --top 5": "a text goes on, with the distribution at each step",
         f"look tokens {run.name} 'Hello, hello'": "how a text splits",
         f"serve {run.name}": "an OpenAI-compatible API on 127.0.0.1:8000",
-        f"run {run.path / 'recipe.yaml'} name=mine ingest.folder=~/texts": "the same from your own text",
+        f"run {recipe} name=mine ingest.folder=~/texts": "the same from your own text",
     }
     return "what to do next:\n" + "\n".join(f"  headwater {way:<46}  {what}" for way, what in ways.items())

@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from cluster import mirror
 from cluster.errors import Problem, StageFailed
 from llm.chat import render_conversation
 from llm.files import write_json
 from llm.packing import IGNORED, RowReader, pack_groups
 from llm.preferences import count_pairs, pair_margins, ranking_nats
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import training
+from pipelines import checkpoints, records, training
 from pipelines.recipe import Recipe
 from pipelines.stage import Outcome, Stage, StageRun
 from pipelines.stream import HeldOutRows, RowStream
@@ -37,26 +38,27 @@ def run(stage: StageRun) -> Outcome:
 
     cpus = stage.recipe.reward.data_cpus
     tokens, tokenizer = stage.folder.path / "tokens", stage.input("tokenizer") / "tokenizer"
-    if not tokens.exists():
+    if not stage.folder.has("tokens"):
         with stage.folder.artefact("tokens") as target:
             ray.get(ray.remote(num_cpus=cpus)(_render).remote(stage.input("rank") / "rankings", tokenizer, target))
-    manifest = json.loads((tokens / "manifest.json").read_text())
+    manifest = json.loads((mirror.here(tokens) / "manifest.json").read_text())
     training.train(_job(stage, manifest), "reward", stage.record)
-    training.export(stage.folder.path)
+    checkpoints.export(stage.folder.path)
     measure = ray.remote(num_cpus=cpus)(_measure)
     found = ray.get(measure.remote(stage.folder.path / "model", tokens / "held_out", manifest["pad_id"]))
     return _outcome(stage, manifest, found)
 
 
 def _render(rankings: Path, tokenizer_folder: Path, target: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder)
-    groups = {name: _groups(rankings / f"{name}.parquet", tokenizer) for name in SETS}
+    tokenizer = load_tokenizer(mirror.here(tokenizer_folder))
+    groups = {name: _groups(mirror.here(rankings) / f"{name}.parquet", tokenizer) for name in SETS}
     row_tokens = max(sum(len(piece.ids) for piece in group) for name in SETS for group, _ in groups[name])
     manifest: dict[str, Any] = {"tokenizer_fingerprint": fingerprint(tokenizer), "pad_id": tokenizer.pad_token_id}
-    for name in SETS:
-        _write(groups[name], len(tokenizer), row_tokens, target / name)
-        manifest[name] = {"rows": len(groups[name]), "pairs": sum(pairs for _, pairs in groups[name])}
-    write_json(target / "manifest.json", manifest)
+    with mirror.filling(target):
+        for name in SETS:
+            _write(groups[name], len(tokenizer), row_tokens, target / name)
+            manifest[name] = {"rows": len(groups[name]), "pairs": sum(pairs for _, pairs in groups[name])}
+        write_json(target / "manifest.json", manifest)
 
 
 def _groups(path: Path, tokenizer) -> list[tuple[list[Piece], int]]:
@@ -104,7 +106,7 @@ def build(chat: Path, seed: int, saved: Path | None) -> torch.nn.Module:
     """The chat model with a head of one score, drawn by `seed`; or the reward model as it was saved."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return load(saved or chat)
+        return load(saved or mirror.here(chat))
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -134,8 +136,8 @@ def token_scores(model: torch.nn.Module, input_ids: torch.Tensor, position_ids: 
 @torch.no_grad()
 def _measure(model_folder: Path, rows_folder: Path, pad_id: int) -> dict[str, float]:
     """Share of held-out pairs that the model orders as the ranking does, and how far apart it puts them."""
-    model = load(model_folder).eval()
-    rows = RowReader(rows_folder, pad_id)
+    model = load(mirror.here(model_folder)).eval()
+    rows = RowReader(mirror.here(rows_folder), pad_id)
     right = pairs = 0
     margins_sum = 0.0
     for row in range(rows.index.num_rows):
@@ -170,17 +172,17 @@ def score_ids(model: torch.nn.Module, sequences: list[list[int]], pad_id: int) -
 
 
 def _outcome(stage: StageRun, manifest: dict[str, Any], found: dict[str, float]) -> Outcome:
-    records = training.read_lines(stage.folder.path / "metrics.jsonl")
+    steps = records.read_lines(stage.folder.path / "metrics.jsonl")
     train = manifest["train"]
     return Outcome(
         read=f"{train['rows']:,} rankings, {train['pairs']:,} pairs",
         wrote="reward model",
         figure=f"accuracy {found['accuracy']:.3f} on {found['held_out_pairs']} held-out pairs",
         metrics={
-            "steps": len(records),
-            "first_loss": records[0]["loss"],
-            "last_loss": records[-1]["loss"],
-            "held_out_loss": training.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"],
+            "steps": len(steps),
+            "first_loss": steps[0]["loss"],
+            "last_loss": steps[-1]["loss"],
+            "held_out_loss": records.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"],
             **found,
             **{name: manifest[name] for name in SETS},
         },

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster import mirror
 from cluster.errors import Problem, StageFailed
 from llm.chat import render_turns
 from llm.engine import Completion, Engine
@@ -30,7 +31,7 @@ from llm.packing import IGNORED, pack_groups
 from llm.preferences import group_advantages, kl_estimate, policy_loss, token_logprobs
 from llm.sampling import SamplingParams
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import conversations, reward, training
+from pipelines import checkpoints, conversations, records, reward, training
 from pipelines.recipe import Recipe
 from pipelines.schema import RlhfSettings
 from pipelines.sft import build
@@ -47,22 +48,22 @@ def run(stage: StageRun) -> Outcome:
 
     recipe, tokens = stage.recipe, stage.folder.path / "prompts"
     tokenizer = stage.input("tokenizer") / "tokenizer"
-    if not tokens.exists():
+    if not stage.folder.has("prompts"):
         longest = recipe.model.shape.context - recipe.rlhf.max_new_tokens
         render = ray.remote(num_cpus=recipe.rlhf.data_cpus)(_render)
         with stage.folder.artefact("prompts") as target:
             ray.get(
                 render.remote(stage.input("sft") / "conversations", tokenizer, longest, recipe.rlhf.answers, target)
             )
-    manifest = json.loads((tokens / "manifest.json").read_text())
+    manifest = json.loads((mirror.here(tokens) / "manifest.json").read_text())
     training.train(_job(stage, manifest), "rlhf", stage.record)
-    training.export(stage.folder.path)
+    checkpoints.export(stage.folder.path)
     return _outcome(stage, manifest)
 
 
 def _render(folder: Path, tokenizer_folder: Path, longest: int, answers: int, target: Path) -> None:
     """The first turns of the training conversations that pose no task, each once, a row each."""
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(mirror.here(tokenizer_folder))
     found: dict[tuple[int, ...], str] = {}
     for conversation in conversations.load(folder / "train.parquet"):
         if conversation.task is None:
@@ -73,9 +74,10 @@ def _render(folder: Path, tokenizer_folder: Path, longest: int, answers: int, ta
         raise StageFailed(Problem(f"no prompt of {folder} fits {longest} tokens", "lower rlhf.max_new_tokens"))
     row_tokens = max(len(piece.ids) for piece in fitting)
     rows, counts = np.arange(len(fitting)), np.full(len(fitting), answers)
-    write_rows(target / "train", fitting, len(tokenizer), lambda n: pack_groups(n, rows, counts, row_tokens))
     facts = {"tokenizer_fingerprint": fingerprint(tokenizer), "pad_id": tokenizer.pad_token_id, "rows": len(fitting)}
-    write_json(target / "manifest.json", facts)
+    with mirror.filling(target):
+        write_rows(target / "train", fitting, len(tokenizer), lambda n: pack_groups(n, rows, counts, row_tokens))
+        write_json(target / "manifest.json", facts)
 
 
 def _job(stage: StageRun, manifest: dict[str, Any]) -> training.Job:
@@ -117,9 +119,8 @@ class Rollouts:
         device: torch.device,
     ) -> Rollouts:
         """Load the reference (the chat model) and the reward model beside the policy."""
-        frozen = [
-            model.to(device).eval().requires_grad_(False) for model in (build(chat, None), reward.load(reward_folder))
-        ]
+        models = (build(chat, None), reward.load(mirror.here(reward_folder)))
+        frozen = [model.to(device).eval().requires_grad_(False) for model in models]
         engine = Engine(policy, tokenizer, slots=settings.slots)
         return cls(policy, engine, frozen[0], frozen[1], tokenizer.pad_token_id, settings, seed)
 
@@ -240,18 +241,18 @@ def sampling_seed(seed: int, step: int, row: int, number: int) -> int:
 
 
 def _outcome(stage: StageRun, manifest: dict[str, Any]) -> Outcome:
-    records = training.read_lines(stage.folder.path / "metrics.jsonl")
-    first, last = records[:SMOOTHED_STEPS], records[-SMOOTHED_STEPS:]
+    steps = records.read_lines(stage.folder.path / "metrics.jsonl")
+    first, last = steps[:SMOOTHED_STEPS], steps[-SMOOTHED_STEPS:]
     before, after = (float(np.mean([record["reward"] for record in part])) for part in (first, last))
     kl = float(np.mean([record["kl"] for record in last]))
     settings = stage.recipe.rlhf
-    answers = len(records) * settings.global_batch * settings.answers
+    answers = len(steps) * settings.global_batch * settings.answers
     return Outcome(
         read=f"{manifest['rows']:,} prompts, {answers:,} answers written",
         wrote="policy",
         figure=f"learned reward {before:.3f} -> {after:.3f}, KL to the chat model {kl:.4f} nats a token",
         metrics={
-            "steps": len(records),
+            "steps": len(steps),
             "answers": answers,
             "reward_before": before,
             "reward_after": after,

@@ -14,13 +14,14 @@ from typing import Any
 
 import yaml
 
+from cluster import mirror
 from cluster.errors import BadInput, HeadwaterError, PreflightRefused, Problem, StageFailed, Stopped
 from cluster.local import CHECKOUT, expected_resources, ray_session
 from cluster.preflight import disk_problems, resource_problems
 from cluster.progress import console, log_to
-from cluster.runs import SCHEMA_VERSION, Run, StageFolder, canonical_hash, read_json
+from cluster.runs import SCHEMA_VERSION, Run, StageFolder, canonical_hash, read_json, write_json
 from cluster.tracking import Tracker
-from llm.files import hash_file, write_json
+from llm.files import hash_file
 from pipelines import evaluate, ingest, pretrain, rank, reward, rlhf, sft, shards, tokenizer
 from pipelines.recipe import Recipe
 from pipelines.stage import NAMES, Outcome, Stage, StageRun
@@ -113,8 +114,9 @@ class Journey:
         for name in stage.needs:
             done = self.run.stage(name).done()
             if done is None:
+                where = mirror.shown(self.run.path)
                 raise BadInput(
-                    Problem(f"{stage.name} needs {name}, which has not finished in {self.run.path}", f"--from {name}")
+                    Problem(f"{stage.name} needs {name}, which has not finished in {where}", f"--from {name}")
                 )
             found[name] = done["fingerprint"]
         return found
@@ -253,7 +255,10 @@ def _changed(done: dict[str, Any], stage: Stage, recipe: Recipe, inputs: dict[st
 
 def _write_recipe(journey: Journey) -> None:
     text = yaml.safe_dump(journey.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (journey.run.path / "recipe.yaml").write_text(text, encoding="utf-8")
+    path = journey.run.path / "recipe.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    mirror.send(path)
     _write_lineage(journey.run)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
 from llm.chat import render_conversation
 from llm.files import write_json
 from llm.packing import IGNORED, pack_whole
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import conversations, training
+from pipelines import checkpoints, conversations, records, training
 from pipelines.alignment import ConversationSource
 from pipelines.pretrain import next_token_objective
 from pipelines.recipe import Recipe
@@ -30,9 +31,9 @@ SETS = ("train", "held_out")
 def run(stage: StageRun) -> Outcome:
     """Gather the demonstrations, render them into rows, and train the base model on them."""
     _prepare(stage)
-    manifest = json.loads((stage.folder.path / "tokens" / "manifest.json").read_text())
+    manifest = json.loads((mirror.here(stage.folder.path / "tokens") / "manifest.json").read_text())
     training.train(_job(stage, manifest), "sft", stage.record)
-    training.export(stage.folder.path)
+    checkpoints.export(stage.folder.path)
     return _outcome(stage, manifest)
 
 
@@ -42,10 +43,10 @@ def _prepare(stage: StageRun) -> None:
 
     folder, recipe = stage.folder.path, stage.recipe
     cpus = recipe.sft.data_cpus
-    if not (folder / "conversations").exists():
+    if not stage.folder.has("conversations"):
         with stage.folder.artefact("conversations") as target:
             ray.get(ray.remote(num_cpus=cpus)(_gather).remote(recipe.sft.sources, target, recipe.sft.held_out))
-    if not (folder / "tokens").exists():
+    if not stage.folder.has("tokens"):
         tokenizer, length = stage.input("tokenizer") / "tokenizer", recipe.shards.sequence_length
         with stage.folder.artefact("tokens") as target:
             ray.get(ray.remote(num_cpus=cpus)(_render).remote(folder / "conversations", tokenizer, length, target))
@@ -53,20 +54,22 @@ def _prepare(stage: StageRun) -> None:
 
 def _gather(sources: tuple[ConversationSource, ...], target: Path, held_out: float) -> None:
     found = (item for source in sources for item in conversations.read(source))
-    counts = conversations.write(found, target, held_out)
-    write_json(target / "counts.json", counts._asdict())
+    with mirror.filling(target):
+        counts = conversations.write(found, target, held_out)
+        write_json(target / "counts.json", counts._asdict())
 
 
 def _render(folder: Path, tokenizer_folder: Path, row_tokens: int, target: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(mirror.here(tokenizer_folder))
     manifest: dict[str, Any] = {
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "pad_id": tokenizer.pad_token_id,
         "sequence_length": row_tokens,
     }
-    for name in SETS:
-        manifest[name] = _render_set(folder / f"{name}.parquet", tokenizer, row_tokens, target / name)
-    write_json(target / "manifest.json", manifest)
+    with mirror.filling(target):
+        for name in SETS:
+            manifest[name] = _render_set(folder / f"{name}.parquet", tokenizer, row_tokens, target / name)
+        write_json(target / "manifest.json", manifest)
 
 
 def _render_set(path: Path, tokenizer, row_tokens: int, target: Path) -> dict[str, int]:
@@ -115,24 +118,24 @@ def build(base: Path, saved: Path | None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        saved or base, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        saved or mirror.here(base), local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
 
 
 def _outcome(stage: StageRun, manifest: dict[str, Any]) -> Outcome:
-    records = training.read_lines(stage.folder.path / "metrics.jsonl")
-    held_out = training.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"]
+    steps = records.read_lines(stage.folder.path / "metrics.jsonl")
+    held_out = records.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"]
     train = manifest["train"]
-    epochs = len(records) * stage.recipe.sft.global_batch / train["rows"]
+    epochs = len(steps) * stage.recipe.sft.global_batch / train["rows"]
     return Outcome(
         read=f"{train['conversations']:,} conversations ({epochs:.2f} epochs)",
         wrote="chat model",
         figure=f"held-out loss {held_out:.3f} nats on the assistant's tokens",
         metrics={
-            "steps": len(records),
+            "steps": len(steps),
             "epochs": epochs,
-            "first_loss": records[0]["loss"],
-            "last_loss": records[-1]["loss"],
+            "first_loss": steps[0]["loss"],
+            "last_loss": steps[-1]["loss"],
             "held_out_loss": held_out,
             **{name: manifest[name] for name in SETS},
         },

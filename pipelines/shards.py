@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster import mirror
 from cluster.errors import Problem, StageFailed
 from cluster.progress import progress
 from llm.files import hash_file, write_json
@@ -35,7 +36,8 @@ def run(stage: StageRun) -> Outcome:
     tokenizer = stage.input("tokenizer") / "tokenizer"
     with stage.folder.artefact("tokens") as target:
         files = _tokenize_all(stage, target)
-        manifest = _manifest(recipe, tokenizer, files)
+        mirror.gather(target)
+        manifest = _manifest(recipe, mirror.here(tokenizer), files)
         for name in SETS:
             manifest[name]["rows"] = _index(target / name, recipe.shards.sequence_length)
         _refuse_too_little(manifest)
@@ -73,7 +75,7 @@ def _tokenize(
     row: dict[str, Any], target: Path, tokenizer: Path, held_out: float, tokens_per_shard: int
 ) -> dict[str, Any]:
     """A task's work on one documents file; the manifest's lines of the shards that it wrote."""
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(mirror.here(tokenizer))
     writers = {name: _ShardWriter(target, name, row["number"], tokens_per_shard) for name in SETS}
     for batch in documents.read(Path(row["part"]), ["id", "text", "source"]):
         for document, ids in _encoded(loaded, batch.to_pylist()):
@@ -123,6 +125,7 @@ class _ShardWriter:
     def _flush(self, vocab_size: int) -> None:
         name = f"{self.set_name}/shard-{self.part:05d}-{len(self.files):03d}.arrow"
         partial = (self.target / name).with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
         write_shard(partial, self.ids, self.documents, vocab_size)
         self.files.append(
             {
@@ -134,6 +137,7 @@ class _ShardWriter:
             }
         )
         partial.rename(self.target / name)  # a task that is tried again replaces the file by its equal
+        mirror.send(self.target / name)
         self.ids, self.documents, self.tokens, self.text_bytes = [], [], Counter(), 0
 
 

@@ -24,6 +24,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
+from cluster import mirror
 from llm.order import batch_rows
 from llm.packing import RowReader
 from pipelines.schema import TrainingSettings
@@ -51,7 +52,8 @@ class RowStream:
 
     @property
     def _reader(self) -> RowReader:
-        return _open(self.folder, self.pad_id, (Path(self.folder) / "packing.arrow").stat().st_mtime_ns)
+        folder = mirror.here(Path(self.folder))
+        return _open(self.folder, self.pad_id, (folder / "packing.arrow").stat().st_mtime_ns)
 
     def rows_of_batch(self, step: int) -> np.ndarray:
         """Row ids of a global batch, in the order in which workers take them. An id below 0 is filler."""

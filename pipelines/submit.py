@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from cluster import mirror
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed, Stopped
 from cluster.jobs import Attempt, Jobs, next_number
 from cluster.local import CHECKOUT
@@ -68,7 +69,7 @@ def _start(journey: Journey, jobs: Jobs, label: str, known: list[Attempt]) -> At
 def _words(journey: Journey) -> list[str]:
     chosen = journey.chosen()
     return [
-        *("python", "-m", "pipelines", "run", "recipe.yaml", "--runs", str(journey.run.path.parent)),
+        *("python", "-m", "pipelines", "run", "recipe.yaml", "--runs", mirror.shown(journey.run.path.parent)),
         *("--from", chosen[0].name, "--to", chosen[-1].name, *(["--verify"] if journey.verify else [])),
     ]
 

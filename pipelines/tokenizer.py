@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from cluster import mirror
 from cluster.errors import Problem, StageFailed
 from cluster.progress import console
 from llm.vocabulary import encode_text, fingerprint, train_tokenizer
@@ -41,7 +42,8 @@ def _train(folder: Path, target: Path, vocab_size: int, sample_bytes: int, held_
     sample = list(_sample(folder, held_out, share))
     tokenizer = train_tokenizer(sample, vocab_size)
     _check_round_trip(tokenizer)
-    tokenizer.save_pretrained(target)
+    with mirror.filling(target):
+        tokenizer.save_pretrained(target)
     return {
         "vocab_size": len(tokenizer),
         "text_bytes": total,

@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import logging
 import math
-import os
-import shutil
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from cluster import mirror
 from cluster.errors import StageFailed, Stopped
 from cluster.progress import console, log_to, progress
-from llm import checkpoint as checkpoints
-from llm import zero
+from cluster.runs import ask_to_stop, stop_is_asked
+from llm import checkpoint, zero
 from llm.checkpoint import Checkpoint
 from llm.vocabulary import load_tokenizer
-from pipelines import failures
+from pipelines import checkpoints, failures, records
 from pipelines.schema import TrainingSettings
 from pipelines.stage import Demand
 from pipelines.stream import HeldOutRows, RowStream
@@ -85,12 +83,14 @@ def work(job: Job) -> None:
 
     rank, logs = ray.train.get_context().get_world_rank(), job.folder / "logs"
     told = failures.recorded(logs, rank, ray.train.get_context().get_world_size())
-    with log_to(logs / f"rank-{rank}.log"), told, sole_writer(job.folder, rank):
+    with log_to(logs / f"rank-{rank}.log"), told, sole_writer(job.folder, rank), ExitStack() as files:
         shard = ray.train.get_dataset_shard("train")
         share = job.settings.rows_per_worker
         batches = started(iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)))
         trainer = Trainer.start(job)
         log.info("rank %d of %d begins at step %d", rank, dist.get_world_size(), trainer.step)
+        if rank == 0:
+            trainer.flush = files.enter_context(records.followed(job.folder, trainer.step))
         for step in range(trainer.step, job.settings.steps):
             stop = trainer.train_step(step, next_batch(batches, step))
             last = step + 1 == job.settings.steps
@@ -153,6 +153,8 @@ class Trainer:
     device: torch.device
     step: int
     experience: Experience | None
+    attempt: str  # the same on every rank, another at every start
+    flush: Callable[[], None] = lambda: None  # after it, all that was appended is safe
     held_out: list[Batch] = field(default_factory=list)
 
     @classmethod
@@ -163,12 +165,9 @@ class Trainer:
         engine, device = _start_engine(job, saved)
         if dist.get_rank() == 0:
             checkpoints.prune(job.checkpoints, job.settings.keep_checkpoints)
-            for name in FOLLOWING:
-                cut_back(job.folder / name, step)
-        dist.barrier()
-        tokenizer = load_tokenizer(job.tokenizer)
+        tokenizer = load_tokenizer(mirror.here(job.tokenizer))
         experience = job.experience(engine.module, tokenizer, device) if job.experience else None
-        return cls(job, engine, tokenizer, device, step, experience)
+        return cls(job, engine, tokenizer, device, step, experience, _shared_word())
 
     def train_step(self, step: int, batch: Batch) -> bool:
         """One optimizer step. True if the run is asked to stop."""
@@ -209,7 +208,7 @@ class Trainer:
         """The global batch's loss sum, the rows that the ranks really took, whether the run is asked to stop, and the
         ranks' figures averaged, with the most memory that one of them has held.
         """
-        stop = (self.job.folder / "stop").exists()
+        stop = stop_is_asked(self.job.folder)
         names = sorted(batch.figures)
         figures = [batch.figures[name] for name in names]
         # Row ids are exact in fp64 up to 2^53, so one collective carries everything.
@@ -238,8 +237,8 @@ class Trainer:
         }
 
     def _write(self, record: dict[str, Any], rows: list[int]) -> None:
-        append(self.job.folder / "ledger.jsonl", {"step": record["step"], "rows": rows, "skipped": []})
-        append(self.job.folder / "metrics.jsonl", record)
+        records.append(self.job.folder / "ledger.jsonl", {"step": record["step"], "rows": rows, "skipped": []})
+        records.append(self.job.folder / "metrics.jsonl", record)
 
     @torch.no_grad()
     def evaluate(self, shard) -> None:
@@ -259,21 +258,12 @@ class Trainer:
         self.engine.train()
         if dist.get_rank() == 0:
             loss = total.item() / self.job.facts["held_out_targets"]
-            append(self.job.folder / "held_out.jsonl", {"step": self.step - 1, "held_out_loss": loss})
+            records.append(self.job.folder / "held_out.jsonl", {"step": self.step - 1, "held_out_loss": loss})
 
     def save(self) -> None:
         """Write a checkpoint of the state after `self.step` steps. Collective."""
-        weights = zero.whole_weights(self.engine)
-        checkpoints.save(
-            self.job.checkpoints,
-            self.step,
-            rank=dist.get_rank(),
-            world=dist.get_world_size(),
-            fragments=zero.fragments(self.engine, self.step),
-            save_model=lambda path: checkpoints.save_model(path, self.engine.module, weights, self.tokenizer),
-            barrier=dist.barrier,
-            facts=self.job.facts,
-        )
+        self.flush()  # first: of the steps before a checkpoint nothing may be missing
+        checkpoints.save(self.job.checkpoints, self.step, self.attempt, self.engine, self.tokenizer, self.job.facts)
         if dist.get_rank() == 0:
             checkpoints.prune(self.job.checkpoints, self.job.settings.keep_checkpoints)
 
@@ -301,8 +291,15 @@ def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device
         weight_decay=settings.weight_decay,
     )
     if saved:
-        checkpoints.restore_state(saved, zero.fragments(engine, saved.step))
+        checkpoint.restore_state(saved, zero.fragments(engine, saved.step))
     return engine, device
+
+
+def _shared_word() -> str:
+    """Drawn by rank 0, known to all."""
+    word = [uuid.uuid4().hex[:8]]
+    dist.broadcast_object_list(word)
+    return word[0]
 
 
 @contextmanager
@@ -328,40 +325,6 @@ def sole_writer(folder: Path, rank: int) -> Iterator[None]:
         yield
 
 
-# Files that follow the steps
-
-
-FOLLOWING = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl")
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one JSON line, in one write, so that a killed process leaves at most one broken line at the end."""
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(record) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file, up to the first broken line; none if there is no file."""
-    records: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drop the records of `step` and later: they will be made again."""
-    if not path.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in read_lines(path) if record["step"] < step]
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
-
-
 # The driver's side
 
 
@@ -375,9 +338,9 @@ def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> 
     outcome: list[BaseException] = []
     failures.forget(job.folder / "logs")
     thread = threading.Thread(target=_fit, args=(job, outcome), name="train", daemon=True)
-    with _ask_to_stop(job.folder / "stop"), progress(title, job.settings.steps, "steps") as report:
+    with _stop_by_signal(job.folder), progress(title, job.settings.steps, "steps") as report:
         thread.start()
-        tail = Tail(job.folder / "metrics.jsonl", after=job.resume_step() - 1)
+        tail = records.Tail(job.folder / "metrics.jsonl", after=job.resume_step() - 1)
         while thread.is_alive():
             thread.join(timeout=0.25)
             for record in tail.new():
@@ -439,13 +402,16 @@ def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
 
 
 @contextmanager
-def _ask_to_stop(request: Path) -> Iterator[None]:
+def _stop_by_signal(folder: Path) -> Iterator[None]:
     """Turn the first Ctrl-C or SIGTERM into a request that the workers see; a second one ends at once."""
 
+    asked: list[int] = []
+
     def ask(number: int, frame: object) -> None:
-        if request.exists():
+        if asked:
             raise KeyboardInterrupt
-        request.touch()
+        asked.append(number)
+        ask_to_stop(folder)
         console.print("stopping after this step, saving state (again to end at once)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -454,17 +420,6 @@ def _ask_to_stop(request: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def export(folder: Path) -> None:
-    """The newest checkpoint's model as STAGE/model."""
-    newest = checkpoints.newest(folder / "checkpoints")
-    assert newest is not None, "training ended without a checkpoint"
-    partial_folder = folder / ".partial-model"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    shutil.copytree(newest.model, partial_folder)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    partial_folder.rename(folder / "model")
 
 
 def demand(parameters: int, settings: TrainingSettings) -> Demand:
@@ -476,31 +431,3 @@ def demand(parameters: int, settings: TrainingSettings) -> Demand:
         gpus=settings.workers * settings.gpus_per_worker,
         disk_bytes=checkpoint * (settings.keep_checkpoints + 2),  # one more is being written, and one is exported
     )
-
-
-class Tail:
-    """Follows a JSON-lines file of steps; a step that is made again after a restart is not handed out twice."""
-
-    def __init__(self, path: Path, after: int):
-        self._path = path
-        self._last = after
-        self._at = (0, 0)  # inode, offset
-
-    def new(self) -> list[dict[str, Any]]:
-        """The records of steps not seen before."""
-        try:
-            with open(self._path, "rb") as handle:
-                lines = self._lines(handle)
-        except FileNotFoundError:
-            return []
-        fresh = [record for record in map(json.loads, lines) if record["step"] > self._last]
-        self._last = max([self._last, *(record["step"] for record in fresh)])
-        return fresh
-
-    def _lines(self, handle: BinaryIO) -> list[bytes]:
-        inode = os.fstat(handle.fileno()).st_ino
-        offset = self._at[1] if self._at[0] == inode else 0  # cutting back replaces the file
-        handle.seek(offset)
-        whole, newline, _ = handle.read().rpartition(b"\n")
-        self._at = (inode, offset + len(whole) + len(newline))
-        return whole.splitlines()

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem
+from cluster.runs import folder_at
 from serve.replica import MAX_REQUESTS, Replica
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def load_engine(model_folder: str, slots: int, threads: int) -> Engine:
     from llm.loading import load
 
     torch.set_num_threads(threads)
-    return load(model_folder, slots=slots)
+    return load(mirror.here(Path(model_folder)), slots=slots)
 
 
 def build(
@@ -61,9 +63,10 @@ def build(
     """The Ray Serve application that serves `model_folder` as `model_name`; each replica takes `cpus` CPUs."""
     # By default OpenMP's threads spin while they wait for work; with as many of them as cores, Ray's own processes got
     # no core to pass the tokens on with: 32 streams on two cores gave 180 tokens/s, and 900 with threads that sleep.
-    options = {"num_cpus": cpus, "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}}
+    variables = {"OMP_WAIT_POLICY": "PASSIVE", **mirror.same_everywhere()}
+    options = {"num_cpus": cpus, "runtime_env": {"env_vars": variables}}
     deployment = Service.options(num_replicas=replicas, ray_actor_options=options)  # type: ignore[attr-defined]
-    return deployment.bind(str(Path(model_folder).resolve()), model_name, slots, max(1, int(cpus)))
+    return deployment.bind(str(Path(model_folder).absolute()), model_name, slots, max(1, int(cpus)))
 
 
 class ApplicationArgs(BaseModel):
@@ -71,7 +74,7 @@ class ApplicationArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model_folder: str = Field(description="a Hugging Face model folder that every replica sees")
+    model_folder: str = Field(description="a model folder that every replica sees, or s3://…/RUN/STAGE/model")
     model_name: str = Field(description="name that clients use")
     replicas: int = Field(1, ge=1, description="generation replicas; the file's autoscaling_config replaces it")
     cpus: float = Field(1, gt=0, description="CPUs that a replica claims")
@@ -92,7 +95,7 @@ def application(args: dict[str, Any]) -> ray_serve.Application:
                 "say `insecure: true` in `args` if everyone who can reach it may use it",
             )
         )
-    folder = Path(given.model_folder)
+    folder = folder_at(given.model_folder)
     return build(folder, given.model_name, replicas=given.replicas, cpus=given.cpus, slots=given.slots)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.training import read_lines
+from pipelines.records import read_lines
 from tests.commands import CHECKOUT, command
 from tests.nodes import Cluster, cluster
 

@@ -160,6 +160,22 @@ def test_object_storage_needs_no_volume():
         assert variables[name]["valueFrom"]["secretKeyRef"]["key"] == name
 
 
+def test_object_storage_is_copied_to_scratch_space_with_room_for_it():
+    settings = ("model.preset=7b",)
+    order, there = order_of("tiny", settings), order_of("tiny", settings, root="s3://bucket/runs")
+    for (_, disk), (_, objects) in zip(pods(manifests.render(order)), pods(manifests.render(there)), strict=True):
+        if disk["containers"][0]["name"] in ("ray-head", "ray-worker"):
+            before, after = (_scratch(spec) for spec in (disk, objects))
+            assert (after - before) * 2**30 > order.disk_bytes
+            limits = [spec["containers"][0]["resources"]["limits"]["ephemeral-storage"] for spec in (disk, objects)]
+            assert int(limits[1].removesuffix("Gi")) - int(limits[0].removesuffix("Gi")) == after - before
+
+
+def _scratch(spec) -> int:
+    (size,) = [volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"] if volume["name"] == "scratch"]
+    return int(size.removesuffix("Gi"))
+
+
 def test_the_volume_holds_what_the_stages_leave():
     small = manifests.render(order_of("tiny"))
     assert kinds(small, "PersistentVolumeClaim")[0]["spec"]["resources"]["requests"]["storage"] == "20Gi"

@@ -1,6 +1,7 @@
 """Rollouts and the policy's objective on a small model, without Ray and DeepSpeed."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def rollouts(tokenizer, monkeypatch):
     monkeypatch.setattr(rlhf.reward, "load", lambda folder: _reward_model(config))
     settings = check(RlhfSettings, {"steps": 9, "global_batch": 2, "warmup_steps": 0, "max_new_tokens": 6}, "test")
     policy = build_model(config, seed=1)
-    return Rollouts.start("chat", "reward", settings, 7, policy, tokenizer, torch.device("cpu"))
+    return Rollouts.start(Path("chat"), Path("reward"), settings, 7, policy, tokenizer, torch.device("cpu"))
 
 
 def _reward_model(config):

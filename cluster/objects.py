@@ -1,0 +1,251 @@
+"""Objects in S3-compatible storage: whole or not there, and never given up for a moment's silence.
+
+Keys are BUCKET/NAME/OF/OBJECT. Credentials, region and endpoint come from the environment or the machine's role, as
+with every AWS tool: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL. A call that gets no
+answer, or "slow down", is tried again for HEADWATER_STORAGE_WAIT_S seconds (120); a refusal is told at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from cluster.errors import PreflightRefused, Problem, StageFailed
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo, S3FileSystem
+
+WAIT_VARIABLE = "HEADWATER_STORAGE_WAIT_S"
+WAIT_S = 120.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
+CONNECT_S = 5.0
+AT_ONCE = 8  # transfers of a folder
+PIECE_BYTES = 8 << 20
+COPIED_BYTES = 5 << 30  # the most that S3 copies by itself in one request
+REFUSALS = {
+    "NO_SUCH_BUCKET": "make the bucket, or correct --runs",
+    "INVALID_ACCESS_KEY_ID": "correct AWS_ACCESS_KEY_ID",
+    "SIGNATURE_DOES_NOT_MATCH": "correct AWS_SECRET_ACCESS_KEY",
+    "EXPIRED_TOKEN": "renew the session's credentials",
+    "ACCESS_DENIED": "allow these credentials to list, read, write and delete under the run's prefix",
+    "HTTP status 4": "correct --runs or AWS_ENDPOINT_URL",
+}
+
+T = TypeVar("T")
+log = logging.getLogger("headwater")
+
+
+class Refused(StageFailed):
+    """The storage answered, and said no: trying again would not help."""
+
+
+def get(key: str) -> bytes | None:
+    """The object's bytes; None if there is no such object."""
+
+    def read() -> bytes | None:
+        try:
+            with _system().open_input_file(key) as handle:
+                return handle.read()
+        except FileNotFoundError:
+            return None
+
+    return patiently(f"read {key}", read)
+
+
+def put(key: str, data: bytes) -> None:
+    """Replace the object by `data`. It is there when this returns, and readers see the old or the new one."""
+
+    def write() -> None:
+        with _system().open_output_stream(key) as handle:
+            handle.write(data)
+
+    patiently(f"write {key}", write)
+
+
+def upload(path: Path, key: str) -> None:
+    """Replace the object by the bytes of the file at `path`. What was cut off half-way leaves no object."""
+
+    def send() -> None:
+        with open(path, "rb") as source, _system().open_output_stream(key) as target:
+            while piece := source.read(PIECE_BYTES):
+                target.write(piece)
+        if (there := size(key)) != (here := path.stat().st_size):
+            raise OSError(f"{there} of {here} bytes arrived")
+
+    patiently(f"write {key}", send)
+
+
+def download(key: str, path: Path) -> None:
+    """Write the object to the file at `path`, whole or not at all. StageFailed if there is no such object."""
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+
+    def fetch() -> None:
+        with _system().open_input_stream(key) as source, open(partial, "wb") as target:
+            while piece := source.read(PIECE_BYTES):
+                target.write(piece)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        patiently(f"read {key}", fetch)
+        partial.replace(path)
+    except FileNotFoundError:
+        raise StageFailed(Problem(f"s3://{key} is missing", "the stage that wrote it has to run again")) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def size(key: str) -> int | None:
+    """The object's bytes, counted; None if there is no such object."""
+    from pyarrow.fs import FileType
+
+    info = patiently(f"look at {key}", lambda: _system().get_file_info(key))
+    return info.size if info.type == FileType.File else None
+
+
+def modified(key: str) -> float:
+    """When the object was written, by the storage's clock, in seconds since 1970."""
+    info = patiently(f"look at {key}", lambda: _system().get_file_info(key))
+    return float(info.mtime.timestamp())
+
+
+def seen(key: str) -> bool:
+    """Whether there is such an object, as far as one request tells."""
+    from pyarrow.fs import FileType
+
+    try:
+        return bool(_system().get_file_info(key).type == FileType.File)
+    except OSError:
+        return False
+
+
+def children(prefix: str) -> list[str]:
+    """The next part of the name of every object below `prefix`, each once, in order."""
+    from pyarrow.fs import FileSelector
+
+    selector = FileSelector(prefix, recursive=False, allow_not_found=True)
+    return sorted(one.base_name for one in patiently(f"list {prefix}", lambda: _system().get_file_info(selector)))
+
+
+def listing(prefix: str) -> list[FileInfo]:
+    """Every object below `prefix`, by name. Names alone tell what is there: folders don't exist."""
+    from pyarrow.fs import FileSelector, FileType
+
+    selector = FileSelector(prefix, recursive=True, allow_not_found=True)
+    found = patiently(f"list {prefix}", lambda: _system().get_file_info(selector))
+    return sorted((one for one in found if one.type == FileType.File), key=lambda one: one.path)
+
+
+def delete(*keys: str) -> None:
+    """Take the objects away; one that isn't there is no error."""
+
+    def take(key: str) -> None:
+        with suppress(FileNotFoundError):
+            patiently(f"delete {key}", lambda: _system().delete_file(key))
+
+    for_all(take, keys)
+
+
+def copy(source: str, target: str) -> None:
+    """Copy an object within the storage; through this machine if it is larger than S3 copies by itself."""
+
+    def through() -> None:
+        with _system().open_input_stream(source) as here, _system().open_output_stream(target) as there:
+            while piece := here.read(PIECE_BYTES):
+                there.write(piece)
+
+    large = (size(source) or 0) > COPIED_BYTES
+    patiently(f"copy {source}", through if large else lambda: _system().copy_file(source, target))
+
+
+def for_all(work: Callable[[T], object], items: Iterable[T]) -> None:
+    """Do `work` for each item, some at a time; the first error is raised when all have ended."""
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="objects") as pool:
+        for done in [pool.submit(work, item) for item in items]:
+            done.result()
+
+
+def check_access(prefix: str) -> None:
+    """PreflightRefused unless objects can be written, listed, read and deleted below `prefix`."""
+    key = f"{prefix}/.access-{os.getpid()}-{random.getrandbits(32):08x}"
+    try:
+        put(key, b"ok")
+        if get(key) != b"ok" or key not in [one.path for one in listing(prefix)]:
+            raise Refused(Problem(f"s3://{prefix} does not give back what was written to it", "use another storage"))
+        delete(key)
+    except StageFailed as error:
+        raise PreflightRefused(*error.problems) from None
+
+
+def patiently(what: str, call: Callable[[], T]) -> T:
+    """`call()`, tried again while the storage doesn't answer. Refused if it says no, StageFailed at the deadline.
+
+    FileNotFoundError and errors of this machine's own disk are the caller's.
+    """
+    wait = float(os.environ.get(WAIT_VARIABLE) or WAIT_S)
+    begun, pause, silent = time.monotonic(), FIRST_PAUSE_S, False
+    while True:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            _raise_refusal(what, error)
+            if time.monotonic() - begun + pause > wait:
+                raise StageFailed(_silence(what, wait, error)) from error
+            if not silent:
+                _tell(f"object storage could not {what}: {_short(error)}; trying again for {wait:.0f} s")
+            silent = True
+        time.sleep(pause * random.uniform(0.75, 1.25))  # or everyone comes back at once
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _tell(what: str) -> None:
+    """To who watches the command, and to its log."""
+    from cluster.progress import console
+
+    console.print(what, highlight=False, markup=False)
+    log.warning(what)
+
+
+def _raise_refusal(what: str, error: OSError) -> None:
+    for name, remedy in REFUSALS.items():
+        if name in str(error) and "429" not in str(error) and "408" not in str(error):
+            raise Refused(Problem(f"object storage refused to {what}: {_short(error)}", remedy)) from error
+
+
+def _silence(what: str, wait: float, error: OSError) -> Problem:
+    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    return Problem(
+        f"object storage ({where}) could not {what} for {wait:.0f} s: {_short(error)}",
+        f"see that it is up and reachable (AWS_ENDPOINT_URL; {WAIT_VARIABLE} waits longer); the same command goes on",
+    )
+
+
+def _short(error: OSError) -> str:
+    """The storage's words without pyarrow's and without the request's number."""
+    _, _, said = str(error).partition("AWS Error ")
+    return (said or str(error)).split(" (Request ID")[0]
+
+
+@lru_cache(maxsize=1)
+def _system() -> S3FileSystem:
+    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
+
+    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    return S3FileSystem(
+        region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None,
+        **({"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc} if endpoint.netloc else {}),
+        connect_timeout=CONNECT_S,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1),  # `patiently` does it, and says so
+        background_writes=False,
+        allow_delayed_open=True,  # a small object is one request
+    )

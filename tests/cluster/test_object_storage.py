@@ -1,0 +1,337 @@
+"""Folders, files that grow, claims and errors, against a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import claims, doctor, mirror, objects, segments
+from cluster.errors import BadInput, PreflightRefused, StageFailed
+from cluster.runs import Run, ask_to_stop, find_run, hash_folder, read_json, runs_root, stop_is_asked
+from tests.commands import CHECKOUT, wait_until
+from tests.s3 import BUCKET, Storage, storage
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with storage(tmp_path_factory.mktemp("s3") / "server") as made:
+        yield made
+
+
+@pytest.fixture
+def bucket(server: Storage, tmp_path, monkeypatch):
+    """The server, and a cache of this test's own."""
+    for name, value in server.variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HEADWATER_STORAGE_WAIT_S", "20")
+    objects._system.cache_clear()
+    mirror.forget()
+    yield server
+    server.proxy.open = True
+    server.proxy.bytes_per_s = server.proxy.cut_after = server.proxy.slow_down = 0
+    objects._system.cache_clear()
+
+
+@pytest.fixture
+def run(bucket, request) -> Run:
+    return Run(runs_root(f"s3://{BUCKET}/runs") / request.node.name.split("[")[0])
+
+
+def another_machine() -> None:
+    """Forget what this machine has."""
+    shutil.rmtree(mirror.cache(), ignore_errors=True)
+    mirror.forget()
+
+
+# Names
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///runs", "gs://bucket/runs", "s3://bucket/../runs", "http://x/y"])
+def test_an_address_of_nothing_is_refused(url):
+    with pytest.raises(BadInput, match="s3://BUCKET/PREFIX"):
+        runs_root(url)
+
+
+def test_an_address_has_a_place_in_the_cache_and_back(monkeypatch, tmp_path):
+    monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path))
+    path = mirror.local("s3://bucket/a/b/")
+    assert path == tmp_path / "s3/bucket/a/b"
+    assert (mirror.shown(path), mirror.key_of(path)) == ("s3://bucket/a/b", "bucket/a/b")
+    assert mirror.key_of(tmp_path / "elsewhere") is None
+
+
+# Artefacts
+
+
+def fill(run: Run, text: str) -> None:
+    with run.stage("sft").artefact("model") as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "weights").write_text(text)
+        (folder / "config").write_text("{}")
+
+
+def test_an_artefact_is_whole_on_another_machine(run):
+    fill(run, "first")
+    there = hash_folder(run.stage("sft").path / "model")
+    another_machine()
+    assert (mirror.here(run.stage("sft").path / "model") / "inside/weights").read_text() == "first"
+    assert hash_folder(run.stage("sft").path / "model") == there
+    assert sorted(there) == ["config", "inside/weights"]
+
+
+def test_of_a_part_of_an_artefact_no_more_is_fetched(run):
+    fill(run, "first")
+    another_machine()
+    part = mirror.here(run.stage("sft").path / "model" / "inside")
+    assert [path.name for path in part.parent.rglob("*") if path.is_file()] == ["weights"]
+
+
+def test_an_artefact_that_replaces_another_leaves_no_trace_of_it(run, bucket):
+    fill(run, "first")
+    fill(run, "second")
+    another_machine()
+    assert (mirror.here(run.stage("sft").path / "model") / "inside/weights").read_text() == "second"
+    names = {name.split("/")[-2] for name in bucket.names(f"runs/{run.name}") if name.endswith("config")}
+    assert len(names) == 1
+
+
+def test_an_artefact_that_fails_leaves_the_one_before(run):
+    fill(run, "first")
+    with pytest.raises(ZeroDivisionError), run.stage("sft").artefact("model") as folder:
+        (folder / "config").write_text("{")
+        mirror.send(folder / "config")
+        raise ZeroDivisionError
+    another_machine()
+    assert mirror.files(run.stage("sft").path / "model") == ["config", "inside/weights"]
+
+
+def test_what_another_machine_wrote_is_part_of_the_artefact(run):
+    with run.stage("shards").artefact("tokens") as folder:
+        (folder / "a").write_text("here")
+        objects.put(f"{mirror.key_of(folder)}/train/b", b"there")
+    another_machine()
+    found = mirror.here(run.stage("shards").path / "tokens")
+    assert ((found / "a").read_text(), (found / "train/b").read_text()) == ("here", "there")
+
+
+def test_a_file_that_was_altered_is_named(run):
+    fill(run, "first")
+    pointer = read_json(run.stage("sft").path / "model.json")
+    objects.put(f"{mirror.key_of(run.stage('sft').path)}/{pointer['folder']}/inside/weights", b"other")
+    another_machine()
+    with pytest.raises(StageFailed, match="weights is not what was written there"):
+        mirror.here(run.stage("sft").path / "model")
+
+
+def test_what_a_killed_command_left_is_swept(run, bucket):
+    stage = run.stage("sft")
+    stage.begin("key")
+    fill(run, "first")
+    lost = mirror.new_folder(stage.path / "tokens")
+    (lost / "half").write_text("x")
+    mirror.send(lost)
+    stage.begin("key")
+    assert not [name for name in bucket.names(f"runs/{run.name}") if "half" in name]
+    assert stage.has("model")
+
+
+def test_other_settings_put_a_stage_aside_and_take_it_back(run):
+    stage = run.stage("sft")
+    stage.begin("a" * 64)
+    fill(run, "first")
+    stage.finish({"key": "a"})
+    stage.begin("b" * 64)
+    assert (stage.has("model"), stage.done()) == (False, None)
+    fill(run, "second")
+    another_machine()
+    stage.begin("a" * 64)
+    assert (mirror.here(stage.path / "model") / "inside/weights").read_text() == "first"
+    assert stage.done() == {"key": "a"}
+
+
+def test_a_run_is_found_by_name_and_address(run):
+    Path(run.path).mkdir(parents=True)
+    from cluster.runs import write_json
+
+    write_json(run.lineage, {"schema_version": 1})
+    another_machine()
+    assert find_run(run.name, run.path.parent) == find_run(mirror.shown(run.path), Path("elsewhere")) == run
+    with pytest.raises(BadInput, match=f"runs there: .*{run.name}"):
+        find_run("nobody", run.path.parent)
+
+
+def test_a_stop_is_seen_on_another_machine(run, monkeypatch):
+    ask_to_stop(run.stage("sft").path)
+    another_machine()
+    assert stop_is_asked(run.stage("sft").path)
+    run.stage("sft").begin("key")
+    monkeypatch.setattr("cluster.runs.STOP_LOOKED_FOR_EVERY_S", 0.0)
+    assert not stop_is_asked(run.stage("sft").path)
+
+
+# Files that grow
+
+
+def add(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        handle.write(text)
+
+
+def test_a_file_that_grows_is_read_whole_after_several_writers(run):
+    log = run.stage("sft").logs / "driver.log"
+    for word in ("one ", "two "):
+        another_machine()
+        log.parent.mkdir(parents=True)
+        with segments.growing(log) as flush:
+            add(log, word)
+            flush()
+            add(log, word)
+    assert segments.read(log) == b"one one two two "
+
+
+def test_what_a_file_held_before_is_not_sent_twice(run):
+    log = run.stage("sft").logs / "driver.log"
+    for word in ("one ", "two "):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with segments.growing(log):
+            add(log, word)
+    assert segments.read(log) == b"one two "
+
+
+def test_a_base_replaces_what_came_before_it(run):
+    path = run.stage("sft").path / "metrics.jsonl"
+    add(path, "1\n2\n3\n")
+    with segments.growing(path, base=True):
+        add(path, "4\n")
+    follower = segments.Follower(path)
+    assert follower.new() == (True, b"1\n2\n3\n4\n")
+    path.write_text("1\n2\n")
+    with segments.growing(path, base=True) as flush:
+        add(path, "3\n")
+        flush()
+        follower._looked = -9.0
+        assert follower.new() == (True, b"1\n2\n3\n")
+        add(path, "5\n")
+        flush()
+        follower._looked = -9.0
+        assert follower.new() == (False, b"5\n")
+    assert segments.read(path) == b"1\n2\n3\n5\n"
+
+
+# Claims
+
+
+def test_a_run_is_held_by_one_command_at_a_time(run, monkeypatch):
+    monkeypatch.setattr(claims, "RENEW_S", 0.5)
+    with run.locked():
+        assert run.is_held()
+        with pytest.raises(PreflightRefused, match=f"process {os.getpid()} on .* is working on s3://"):
+            with claims.claimed(run.path):
+                pass
+    assert not run.is_held()
+
+
+def test_the_claim_of_a_killed_command_is_taken_over_at_once_on_its_machine(run):
+    words = "import sys, time; from pathlib import Path; from cluster import claims\n"
+    words += "with claims.claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", words, run.path], cwd=CHECKOUT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    process.kill()
+    process.wait()
+    begun = time.monotonic()
+    with claims.claimed(run.path):
+        assert time.monotonic() - begun < 5
+
+
+def test_the_claim_of_a_lost_machine_is_taken_over_when_it_was_silent_for_long(run, monkeypatch):
+    monkeypatch.setattr(claims, "LEASE_S", 3.0)
+    objects.put(f"{mirror.key_of(run.path)}/.claims/lost", b'{"host": "gone", "pid": 1, "boot": "another"}')
+    begun = time.monotonic()
+    with claims.claimed(run.path):
+        assert 3.0 <= time.monotonic() - begun < 10.0
+
+
+# A bad network, a bad server, bad settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("AWS_ACCESS_KEY_ID", "nobody", "correct AWS_ACCESS_KEY_ID"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "correct AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_wrong_credentials_are_refused_at_once(run, monkeypatch, name, value, said):
+    monkeypatch.setenv(name, value)
+    objects._system.cache_clear()
+    with pytest.raises(PreflightRefused, match=said):
+        run.check_access()
+
+
+def test_a_bucket_that_is_not_there_is_refused_at_once(bucket):
+    with pytest.raises(PreflightRefused, match=r"(?s)NO_SUCH_BUCKET.*make the bucket"):
+        Run(runs_root("s3://no-such-bucket/runs") / "x").check_access()
+
+
+def test_a_server_that_comes_back_is_waited_for(run, bucket):
+    bucket.proxy.open = False
+    threading.Timer(3.0, lambda: setattr(bucket.proxy, "open", True)).start()
+    begun = time.monotonic()
+    objects.put(f"{mirror.key_of(run.path)}/x", b"there")
+    assert time.monotonic() - begun > 2.5
+    assert objects.get(f"{mirror.key_of(run.path)}/x") == b"there"
+
+
+def test_a_server_that_stays_away_is_named(run, bucket, monkeypatch):
+    monkeypatch.setenv("HEADWATER_STORAGE_WAIT_S", "3")
+    bucket.proxy.open = False
+    with pytest.raises(StageFailed, match=f"127.0.0.1:{bucket.proxy.port}.*for 3 s"):
+        objects.put(f"{mirror.key_of(run.path)}/x", b"")
+
+
+def test_a_server_that_is_too_busy_is_tried_again(run, bucket):
+    bucket.proxy.slow_down = 3
+    objects.put(f"{mirror.key_of(run.path)}/x", b"there")
+    assert bucket.proxy.told >= 3
+    assert objects.get(f"{mirror.key_of(run.path)}/x") == b"there"
+
+
+def test_an_upload_that_is_cut_off_is_made_again_and_never_half_there(run, bucket):
+    path = run.path / "large"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(os.urandom(3 << 20))
+    bucket.proxy.cut_after = 1
+    sending = threading.Thread(target=mirror.send, args=(path,))
+    sending.start()
+    wait_until(lambda: bucket.proxy.cut, "the cut")
+    assert objects.size(str(mirror.key_of(path))) in (None, 3 << 20)
+    sending.join()
+    assert objects.get(str(mirror.key_of(path))) == path.read_bytes()
+
+
+def test_a_slow_network_costs_time_alone(run, bucket):
+    path = run.path / "large"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(os.urandom(1 << 20))
+    bucket.proxy.bytes_per_s = 1 << 18
+    begun = time.monotonic()
+    mirror.send(path)
+    assert time.monotonic() - begun > 2.0
+    bucket.proxy.bytes_per_s = 0
+    assert objects.get(str(mirror.key_of(path))) == path.read_bytes()
+
+
+def test_the_doctor_finds_nothing_wrong_with_sound_storage(run):
+    assert doctor.storage_problems(run.path) == {}
+    assert mirror.names(run.path) == []
