@@ -24,6 +24,10 @@ from cluster.errors import PreflightRefused, Problem, StageFailed
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, S3FileSystem
 
+VARIABLES = (
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+)
 WAIT_VARIABLE = "HEADWATER_STORAGE_WAIT_S"
 WAIT_S = 120.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
@@ -236,13 +240,18 @@ def _short(error: OSError) -> str:
     return (said or str(error)).split(" (Request ID")[0]
 
 
-@lru_cache(maxsize=1)
 def _system() -> S3FileSystem:
+    return _connected(*(os.environ.get(name, "") for name in VARIABLES))
+
+
+@lru_cache(maxsize=1)
+def _connected(*values: str) -> S3FileSystem:
     from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
-    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    given = dict(zip(VARIABLES, values, strict=True))
+    endpoint = urlsplit(given["AWS_ENDPOINT_URL_S3"] or given["AWS_ENDPOINT_URL"])
     return S3FileSystem(
-        region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None,
+        region=given["AWS_REGION"] or given["AWS_DEFAULT_REGION"] or None,
         **({"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc} if endpoint.netloc else {}),
         connect_timeout=CONNECT_S,
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=1),  # `patiently` does it, and says so

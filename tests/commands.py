@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from pipelines.records import read_lines
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -95,4 +97,4 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path, stage: str = "pretrain") -> list[float]:
-    return [record["loss"] for record in records(run / stage / "metrics.jsonl")]
+    return [record["loss"] for record in read_lines(run / stage / "metrics.jsonl")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from llm import checkpoint as checkpoints
+from cluster import mirror
+from cluster.runs import read_json
 from pipelines.stage import NAMES
 from tests.commands import CHECKOUT, command, records
 from tests.nodes import Cluster, kill_all, title
@@ -20,6 +20,7 @@ from tests.nodes import Cluster, kill_all, title
 ATTEMPTS = 6
 ATTEMPT_S = 600
 GIVEN_UP_S = 45
+GONE_S = 30
 STEPS_PAST = 3  # steps behind the last checkpoint at the blow: something must be there to lose
 TRAINING = ("pretrain", "sft", "reward", "rlhf")
 
@@ -69,6 +70,14 @@ def head(nodes: Cluster) -> bool:
     return True
 
 
+def head_with_redis(nodes: Cluster) -> bool:
+    """The head alone. The workers wait for the next one, which finds in Redis what the last one knew."""
+    nodes.nodes.pop(0).kill()
+    nodes.nodes.insert(0, nodes.start_head())
+    nodes.nodes.pop()  # which start_head put last
+    return True
+
+
 def link(nodes: Cluster) -> bool:
     """A worker node's link, for a moment: shorter than it takes to be given up."""
     lost = nodes.nodes[-1]
@@ -86,6 +95,15 @@ def long_cut(nodes: Cluster) -> bool:
     lost.heal()
     lost.kill()
     nodes.start_worker()
+    return True
+
+
+def storage_gone(nodes: Cluster) -> bool:
+    """The object storage, for half a minute. Everyone waits for it."""
+    assert nodes.storage is not None
+    nodes.storage.proxy.open = False
+    time.sleep(GONE_S)
+    nodes.storage.proxy.open = True
     return True
 
 
@@ -115,20 +133,19 @@ class Fault:
 
     def strike(self, run: Path, nodes: Cluster) -> None:
         stage = run / self.stage
-        if self.struck or not at_work(stage):
+        if self.struck or not at_work(stage, nodes):
             return
-        saved = checkpoints.newest(stage / "checkpoints") if self.stage in TRAINING else None
-        steps, struck = len(records(stage / "metrics.jsonl")), time.time()
+        saved, steps, struck = saved_step(stage), steps_taken(stage, nodes), time.time()
         if self.kill(nodes):
             self.struck, self.at = struck, steps
-            self.lost = steps - (saved.step if saved else 0)
+            self.lost = steps - saved
 
-    def watch(self, run: Path) -> None:
+    def watch(self, run: Path, nodes: Cluster) -> None:
         """Note when the stage was further than the blow had found it."""
         stage = run / self.stage
         if not self.struck or self.recovered_s:
             return
-        if (stage / "done.json").exists() or (self.at and len(records(stage / "metrics.jsonl")) > self.at):
+        if mirror.seen(stage / "done.json") or (self.at and steps_taken(stage, nodes) > self.at):
             self.recovered_s = time.time() - self.struck
 
     def row(self) -> str:
@@ -136,22 +153,37 @@ class Fault:
         return f"{self.stage:10} {self.kind:16} {lost:24} {self.recovered_s:6.0f} s"
 
 
-def at_work(stage: Path) -> bool:
+def at_work(stage: Path, nodes: Cluster) -> bool:
     """Whether the stage is in the midst of it: some steps past a checkpoint if it trains, begun if it does not."""
-    if not (stage / "state.json").exists() or (stage / "done.json").exists():
+    if not mirror.seen(stage / "state.json") or mirror.seen(stage / "done.json"):
         return False
     if stage.name in TRAINING:
-        saved = checkpoints.newest(stage / "checkpoints")
-        return saved is not None and len(records(stage / "metrics.jsonl")) >= saved.step + STEPS_PAST
+        saved = saved_step(stage)
+        return saved > 0 and steps_taken(stage, nodes) >= saved + STEPS_PAST
     return True
 
 
-def drive(nodes: Cluster, root: Path, faults: list[Fault], *words: str) -> list[int]:
+def saved_step(stage: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    manifests = [name for name in mirror.names(stage / "checkpoints") if name.endswith("/manifest.json")]
+    return max([0, *(int(name[5:13]) for name in manifests if name.startswith("step-"))])
+
+
+def steps_taken(stage: Path, nodes: Cluster) -> int:
+    """How many steps the stage has recorded, on the disk of whichever node writes the record."""
+    found = [stage / "metrics.jsonl"]
+    if mirror.key_of(stage):
+        found = [disk / found[0].relative_to(mirror.cache().parent) for disk in nodes.caches()]
+    written = [path for path in found if path.exists()]
+    return len(records(max(written, key=lambda path: path.stat().st_mtime))) if written else 0
+
+
+def drive(nodes: Cluster, root: Path, logs: Path, faults: list[Fault], *words: str) -> list[int]:
     """Give the same `headwater submit micro WORDS` again until it succeeds, striking as the stages come; its codes."""
     codes: list[int] = []
     while (not codes or codes[-1] != 0) and len(codes) < ATTEMPTS:
-        line = command("submit", "micro", "--cluster", nodes.address, "--runs", str(root), *words)
-        with open(root / f"submit-{len(codes)}.log", "wb") as log:
+        line = command("submit", "micro", "--cluster", nodes.address, "--runs", mirror.shown(root), *words)
+        with open(logs / f"submit-{len(codes)}.log", "wb") as log:
             process = psutil.Popen(line, cwd=CHECKOUT, env=nodes.variables, stdout=log, stderr=subprocess.STDOUT)
         codes.append(_until_ended(process, nodes, root / "micro", faults))
     return codes
@@ -163,7 +195,7 @@ def _until_ended(process: psutil.Popen, nodes: Cluster, run: Path, faults: list[
         while process.poll() is None and time.monotonic() < deadline:
             for fault in faults:
                 fault.strike(run, nodes)
-                fault.watch(run)
+                fault.watch(run, nodes)
             time.sleep(0.1)
         return process.wait(10)
     finally:
@@ -172,7 +204,7 @@ def _until_ended(process: psutil.Popen, nodes: Cluster, run: Path, faults: list[
 
 def fingerprints(run: Path, names: tuple[str, ...] = NAMES) -> dict[str, str]:
     """The content hash of what each stage left."""
-    return {name: json.loads((run / name / "done.json").read_text())["fingerprint"] for name in names}
+    return {name: read_json(run / name / "done.json")["fingerprint"] for name in names}
 
 
 def before_the_stage(run: Path, stage: str, target: Path) -> None:

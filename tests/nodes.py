@@ -15,11 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from tests.commands import environment
+from tests.commands import environment, wait_until
+
+if TYPE_CHECKING:
+    from tests.s3 import Storage
 
 TAG = "HEADWATER_TEST_CLUSTER"  # in the environment of every process of a cluster, so that none is overlooked
 STORE_BYTES = 120_000_000
@@ -72,6 +76,8 @@ class Cluster:
     started: int = 0
     store_before: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
     network: Network | None = None
+    storage: Storage | None = None
+    redis: Redis | None = None
 
     @property
     def head_ip(self) -> str:
@@ -83,17 +89,34 @@ class Cluster:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     @property
+    def headers(self) -> dict[str, str]:
+        """What a request to the dashboard has to carry."""
+        return {"Authorization": f"Bearer {self.token}"}
+
+    @property
     def variables(self) -> dict[str, str]:
         """The environment of everything that may talk to the cluster. A job's `python` is the one that runs Ray, as
         it is in an image, whether or not its virtual environment was activated here."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        return {**environment(), **token, "PATH": path, TAG: self.tag}
+        runs = {**self.storage.variables, "HEADWATER_CACHE": str(self.cache)} if self.storage else {}
+        behind = {"RAY_REDIS_ADDRESS": self.redis.address} if self.redis else {}
+        return {**environment(), **token, **runs, **behind, "PATH": path, TAG: self.tag}
+
+    @property
+    def cache(self) -> Path:
+        """Where each machine keeps its copy of object storage: one path, and on each node a disk of its own."""
+        return self.folder / "cache"
+
+    def caches(self) -> list[Path]:
+        """The nodes' disks as this process sees them."""
+        return sorted(self.folder.glob("disk-*"))
 
     def start_head(self) -> Node:
         """A head without CPUs for work. Started again, it takes the ports that it had."""
         self.port = self.port or free_port()
         self.dashboard_port = self.dashboard_port or free_port()
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)  # a new machine knows of no cluster before it
         head = self._start(
             "--head",
             f"--port={self.port}",
@@ -102,6 +125,7 @@ class Cluster:
             f"--ray-client-server-port={free_port()}",
             f"--temp-dir={self.folder}",
             "--num-cpus=0",
+            *([f"--redis-password={self.redis.password}"] if self.redis else []),
         )
         self._wait(lambda: reachable(self.dashboard_port), "the dashboard")
         return head
@@ -115,6 +139,7 @@ class Cluster:
         log = self.folder / f"node-{self.started}.log"
         words = [
             *(["ip", "netns", "exec", place.namespace] if place else []),
+            *(self._with_disk() if self.storage else []),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             *(f"--node-ip-address={place.ip if place else self.head_ip}", f"--object-store-memory={STORE_BYTES}"),
             *(f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"),
@@ -127,6 +152,14 @@ class Cluster:
         self.nodes.append(node)
         self._wait(lambda: "Ray runtime started" in log.read_text(errors="replace"), f"a node ({log})")
         return node
+
+    def _with_disk(self) -> list[str]:
+        """Runs the words that follow where the cache is a new disk that no other node sees. It goes with the node."""
+        disk = self.folder / f"disk-{self.started}"
+        for folder in (disk, self.cache):
+            folder.mkdir(exist_ok=True)
+        script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+        return ["unshare", "--mount", "sh", "-c", script, "sh", str(disk), str(self.cache)]
 
     def _wait(self, ready, what: str) -> None:
         deadline = time.monotonic() + READY_S
@@ -158,10 +191,19 @@ class Cluster:
 
 
 @contextmanager
-def cluster(workers: int = 2, cpus: int = 1, network: Network | None = None) -> Iterator[Cluster]:
-    """A head and `workers` nodes of `cpus` CPUs each, gone without a trace at the end."""
+def cluster(
+    workers: int = 2,
+    cpus: int = 1,
+    network: Network | None = None,
+    storage: Storage | None = None,
+    redis: Redis | None = None,
+) -> Iterator[Cluster]:
+    """A head and `workers` nodes of `cpus` CPUs each, gone without a trace at the end.
+
+    With `storage` runs may lie in it, and each node has a disk of its own for what it fetches.
+    """
     folder = Path(tempfile.mkdtemp(prefix="hw-", dir="/tmp"))  # sockets lie in it: the path must be short
-    made = Cluster(folder, network=network)
+    made = Cluster(folder, network=network, storage=storage, redis=redis)
     try:
         made.start_head()
         for _ in range(workers):
@@ -169,6 +211,33 @@ def cluster(workers: int = 2, cpus: int = 1, network: Network | None = None) -> 
         yield made
     finally:
         made.stop()
+
+
+@dataclass
+class Redis:
+    """What a head can keep its tables in, so that the next head finds them."""
+
+    port: int
+    password: str
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[Redis]:
+    """A Redis server on loopback, ended by process id. Skips where there is none to start."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server")
+    made = Redis(free_port(), secrets.token_hex(16))
+    words = ["redis-server", "--bind", "127.0.0.1", "--port", str(made.port), "--dir", str(folder), "--save", ""]
+    process = psutil.Popen([*words, "--requirepass", made.password], stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: reachable(made.port), "Redis", 20)
+        yield made
+    finally:
+        kill_all([process])
 
 
 @dataclass

@@ -77,14 +77,14 @@ PORTS = (
 
 
 class Proxy:
-    """A TCP proxy on loopback in front of a server.
+    """A TCP proxy in front of a server.
 
     `bytes_per_s` slows what goes to the server; `cut_after` ends that many connections amid their first megabyte;
     `slow_down` answers that many requests with 503 SlowDown; `open` False ends connections, new ones at once.
     """
 
-    def __init__(self, target: int):
-        self._target = target
+    def __init__(self, target: int, host: str):
+        self._target, self.host = target, host
         self.port = free_port()
         self.bytes_per_s = self.cut_after = self.slow_down = 0
         self.cut = self.told = 0  # how often it did
@@ -96,7 +96,7 @@ class Proxy:
     def _listen(self) -> socket.socket:
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port))
+        listener.bind((self.host, self.port))
         listener.listen(64)
         return listener
 
@@ -182,7 +182,7 @@ class Storage:
     def variables(self) -> dict[str, str]:
         """The environment of whoever uses it."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.port}",
+            "AWS_ENDPOINT_URL": f"http://{self.proxy.host}:{self.proxy.port}",
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": "us-east-1",
@@ -209,11 +209,11 @@ def filesystem(port: int, **options) -> pyarrow.fs.S3FileSystem:
 
 
 @contextmanager
-def storage(folder: Path) -> Iterator[Storage]:
-    """An empty bucket on a server that is gone at the end."""
+def storage(folder: Path, host: str = "127.0.0.1") -> Iterator[Storage]:
+    """An empty bucket on a server that is gone at the end, reached at the address `host` of this machine."""
     folder.mkdir(parents=True)
     server = Server(folder)
-    proxy = Proxy(server.port)
+    proxy = Proxy(server.port, host)
     try:
         server.start()
         yield Storage(server, proxy)

@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
+from cluster import mirror
+from cluster.runs import runs_root
 from pipelines.stage import NAMES
 from tests import faults
-from tests.commands import losses
+from tests.commands import headwater, losses
 from tests.faults import Fault, before_the_stage, drive, fingerprints
 from tests.nodes import bridge, cluster
+from tests.s3 import BUCKET, storage
 
 SOAK_KINDS = (faults.node, faults.driver, faults.head)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_table):
+def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_table, monkeypatch):
+    """In object storage, on nodes that share nothing else: each has an address and a disk of its own."""
     blows = [
         Fault("ingest", faults.data_worker),
-        Fault("pretrain", faults.node),
+        Fault("shards", faults.link),
+        Fault("pretrain", faults.driver),
         Fault("sft", faults.training_worker),
-        Fault("rank", faults.driver),
+        Fault("rank", faults.node),
         Fault("reward", faults.raylet),
         Fault("rlhf", faults.head),
+        Fault("evaluate", faults.storage_gone),
     ]
-    with cluster() as nodes:
-        codes = drive(nodes, tmp_path, blows)
-    fault_table(blows)
-    assert [blow.kind for blow in blows if not blow.struck] == []
-    assert codes[-1] == 0, (codes, (tmp_path / f"submit-{len(codes) - 1}.log").read_text()[-4000:])
-    assert fingerprints(tmp_path / "micro") == fingerprints(micro)
-    for stage in faults.TRAINING:
-        assert losses(tmp_path / "micro", stage) == losses(micro, stage)
+    with (
+        bridge() as network,
+        storage(tmp_path / "s3", network.head_ip) as bucket,
+        cluster(network=network, storage=bucket) as nodes,
+    ):
+        for name in ("HEADWATER_CACHE", *bucket.variables):
+            monkeypatch.setenv(name, nodes.variables[name])
+        root = runs_root(f"s3://{BUCKET}/runs")
+        codes = drive(nodes, root, tmp_path, blows)
+        fault_table(blows)
+        assert [blow.kind for blow in blows if not blow.struck] == []
+        assert codes[-1] == 0, (codes, (tmp_path / f"submit-{len(codes) - 1}.log").read_text()[-4000:])
+        assert fingerprints(root / "micro") == fingerprints(micro)
+        for stage in faults.TRAINING:
+            assert losses(root / "micro", stage) == losses(micro, stage)
+        assert_it_can_be_looked_at(f"s3://{BUCKET}/runs")
+
+
+def assert_it_can_be_looked_at(root: str) -> None:
+    """From a machine that has nothing of the run."""
+    shutil.rmtree(mirror.cache(), ignore_errors=True)
+    states = json.loads(headwater("status", "micro", "--runs", root, "--json").stdout)["stages"]
+    assert [(one["stage"], one["state"]) for one in states] == [(name, "done") for name in NAMES]
+    assert "asks-back" in headwater("report", "micro", "--runs", root).stdout
+    assert "begins at step" in headwater("logs", "micro", "--runs", root, "--stage", "pretrain", "--rank", "1").stdout
+    assert "evaluate" in headwater("logs", f"{root}/micro").stdout, "what the last attempt printed"
+    assert "=" in headwater("complete", "micro", "2 + 2", "--runs", root, "--max-new-tokens", "4", "--top", "2").stdout
 
 
 @pytest.mark.soak
@@ -40,7 +68,7 @@ def test_a_network_that_is_cut_costs_the_steps_since_the_checkpoint(micro, tmp_p
     before_the_stage(micro, "pretrain", tmp_path / "micro")
     blow = Fault("pretrain", kill)
     with bridge() as network, cluster(network=network) as nodes:
-        codes = drive(nodes, tmp_path, [blow], "--stage", "pretrain")
+        codes = drive(nodes, tmp_path, tmp_path, [blow], "--stage", "pretrain")
     fault_table([blow])
     assert blow.struck
     assert codes == [0], (tmp_path / "submit-0.log").read_text()[-4000:]
@@ -54,7 +82,7 @@ def test_every_stage_survives_every_loss(micro, tmp_path, fault_table, stage, ki
     before_the_stage(micro, stage, tmp_path / "micro")
     blow = Fault(stage, kill)
     with cluster() as nodes:
-        codes = drive(nodes, tmp_path, [blow], "--stage", stage)
+        codes = drive(nodes, tmp_path, tmp_path, [blow], "--stage", stage)
     fault_table([blow])
     assert blow.struck, "the stage was over before the blow"
     assert codes[-1] == 0, (codes, (tmp_path / f"submit-{len(codes) - 1}.log").read_text()[-4000:])

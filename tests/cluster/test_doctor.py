@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from cluster import doctor, mirror, objects
+from cluster import doctor, mirror
 from cluster.doctor import Finding, Node, judge
 
 VERSIONS = dict.fromkeys(("python", *doctor.PACKAGES), "1.0")
@@ -99,6 +99,4 @@ def test_object_storage_that_refuses_is_named_with_its_words(monkeypatch, tmp_pa
     monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("HEADWATER_STORAGE_WAIT_S", "0")
-    objects._system.cache_clear()
     assert list(doctor.storage_problems(mirror.local("s3://bucket/runs"))) == ["be used"]
-    objects._system.cache_clear()

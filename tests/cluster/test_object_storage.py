@@ -34,12 +34,10 @@ def bucket(server: Storage, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HEADWATER_STORAGE_WAIT_S", "20")
-    objects._system.cache_clear()
     mirror.forget()
     yield server
     server.proxy.open = True
     server.proxy.bytes_per_s = server.proxy.cut_after = server.proxy.slow_down = 0
-    objects._system.cache_clear()
 
 
 @pytest.fixture
@@ -274,7 +272,6 @@ def test_the_claim_of_a_lost_machine_is_taken_over_when_it_was_silent_for_long(r
 )
 def test_wrong_credentials_are_refused_at_once(run, monkeypatch, name, value, said):
     monkeypatch.setenv(name, value)
-    objects._system.cache_clear()
     with pytest.raises(PreflightRefused, match=said):
         run.check_access()
 

@@ -141,6 +141,7 @@ def test_a_killed_worker_costs_nothing(micro, before_pretrain):
     assert same_model(micro, before_pretrain)
 
 
+@pytest.mark.soak  # as the journey on several nodes has it for every `make test`
 def test_a_killed_driver_costs_nothing(micro, before_pretrain):
     with started("pretrain", "micro", "--runs", str(before_pretrain.parent)) as process:
         wait_until(lambda: len(losses(before_pretrain)) >= 20, "20 steps")
