@@ -14,7 +14,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ class Attempt:
     message: str = ""
     started_ms: int = 0
     ended_ms: int = 0
+    node: str | None = None  # of its driver
+    lost: bool = False  # with its driver's node, and its output there
+
+    def given_up(self) -> Attempt:
+        """The attempt as its run has to see it, now that its driver's node is gone.
+
+        Where a head finds in Redis what the one before it knew, Ray (2.60) goes on calling such a job RUNNING until
+        somebody submits another.
+        """
+        message = "the node of its driver is gone" if self.live else self.message
+        return replace(self, status="FAILED" if self.live else self.status, message=message, lost=True)
 
     @property
     def id(self) -> str:
@@ -70,6 +81,7 @@ class Attempt:
             job.message or "",
             job.start_time or 0,
             job.end_time or 0,
+            job.driver_node_id,
         )
 
 
@@ -101,19 +113,25 @@ class Jobs:
 
     def resources(self) -> dict[str, float]:
         """CPUs, GPUs and the like of the nodes that are alive, summed by name."""
+        total: dict[str, float] = {}
+        for node in self._live_nodes():
+            for name, amount in (node["resources_total"] or {}).items():
+                total[name] = total.get(name, 0.0) + amount
+        return total
+
+    def _live_nodes(self) -> list[dict[str, Any]]:
         answer = self._client._do_request("GET", "/api/v0/nodes?detail=true&limit=10000")
         answer.raise_for_status()
-        total: dict[str, float] = {}
-        for node in answer.json()["data"]["result"]["result"]:
-            if node["state"] == "ALIVE":
-                for name, amount in (node["resources_total"] or {}).items():
-                    total[name] = total.get(name, 0.0) + amount
-        return total
+        return [node for node in answer.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
     def attempts(self, run: str | None = None) -> list[Attempt]:
         """What is known of a run's attempts, or of everybody's, oldest first."""
         found = [attempt for job in self._client.list_jobs() if (attempt := Attempt.of(job))]
-        return sorted((one for one in found if run in (None, one.run)), key=lambda one: (one.started_ms, one.number))
+        chosen = [one for one in found if run in (None, one.run)]
+        if any(one.live and one.node for one in chosen):
+            nodes = {node["node_id"] for node in self._live_nodes()}
+            chosen = [one if one.node in (None, *nodes) else one.given_up() for one in chosen]
+        return sorted(chosen, key=lambda one: (one.started_ms, one.number))
 
     def find(self, attempt_id: str) -> Attempt | None:
         return next((one for one in self.attempts() if one.id == attempt_id), None)
@@ -140,7 +158,8 @@ class Jobs:
                 attempt = self.find(attempt_id)
                 if attempt is None:
                     raise StageFailed(_forgotten(attempt_id))
-                asyncio.run(self._tail(attempt_id, output))
+                if not attempt.lost:
+                    asyncio.run(self._tail(attempt_id, output))
                 if not attempt.live:
                     return attempt
                 lost_since = None

@@ -60,8 +60,8 @@ def driver(nodes: Cluster) -> bool:
 
 
 def head(nodes: Cluster) -> bool:
-    """The head and, without Redis behind it, all that the cluster knew. A new cluster takes its place."""
-    lost, nodes.nodes = nodes.nodes, []
+    """The head, with no Redis behind it, and so all that the cluster knew. A new cluster takes its place."""
+    lost, nodes.nodes, nodes.redis = nodes.nodes, [], None
     for one in lost:
         one.kill()
     nodes.start_head()

@@ -13,7 +13,7 @@ from pipelines.stage import NAMES
 from tests import faults
 from tests.commands import headwater, losses
 from tests.faults import Fault, before_the_stage, drive, fingerprints
-from tests.nodes import bridge, cluster
+from tests.nodes import bridge, cluster, redis_server
 from tests.s3 import BUCKET, storage
 
 SOAK_KINDS = (faults.node, faults.driver, faults.head)
@@ -25,6 +25,7 @@ def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_tabl
     """In object storage, on nodes that share nothing else: each has an address and a disk of its own."""
     blows = [
         Fault("ingest", faults.data_worker),
+        Fault("tokenizer", faults.head_with_redis),
         Fault("shards", faults.link),
         Fault("pretrain", faults.driver),
         Fault("sft", faults.training_worker),
@@ -36,7 +37,8 @@ def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_tabl
     with (
         bridge() as network,
         storage(tmp_path / "s3", network.head_ip) as bucket,
-        cluster(network=network, storage=bucket) as nodes,
+        redis_server(tmp_path) as redis,
+        cluster(network=network, storage=bucket, redis=redis) as nodes,
     ):
         for name in ("HEADWATER_CACHE", *bucket.variables):
             monkeypatch.setenv(name, nodes.variables[name])
@@ -73,6 +75,20 @@ def test_a_network_that_is_cut_costs_the_steps_since_the_checkpoint(micro, tmp_p
     assert blow.struck
     assert codes == [0], (tmp_path / "submit-0.log").read_text()[-4000:]
     assert fingerprints(tmp_path / "micro", ("pretrain",)) == fingerprints(micro, ("pretrain",))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", ("ingest", "pretrain", "rank"))
+def test_a_head_that_finds_its_tables_in_redis_is_no_other_head(micro, tmp_path, fault_table, stage):
+    """On one disk: the workers live on, the driver doesn't, and Ray goes on calling its job RUNNING."""
+    before_the_stage(micro, stage, tmp_path / "micro")
+    blow = Fault(stage, faults.head_with_redis)
+    with redis_server(tmp_path) as redis, cluster(redis=redis) as nodes:
+        codes = drive(nodes, tmp_path, tmp_path, [blow], "--stage", stage)
+    fault_table([blow])
+    assert blow.struck
+    assert codes == [4, 0], (tmp_path / f"submit-{len(codes) - 1}.log").read_text()[-4000:]
+    assert fingerprints(tmp_path / "micro", (stage,)) == fingerprints(micro, (stage,))
 
 
 @pytest.mark.soak

@@ -9,9 +9,8 @@ from cluster.jobs import Attempt, Jobs, cluster_address, next_number
 
 
 def job(submission_id: str | None, status: str = "RUNNING") -> SimpleNamespace:
-    return SimpleNamespace(
-        submission_id=submission_id, status=status, driver_exit_code=None, message=None, start_time=None, end_time=None
-    )
+    empty = dict.fromkeys(("driver_exit_code", "message", "start_time", "end_time", "driver_node_id"))
+    return SimpleNamespace(submission_id=submission_id, status=status, **empty)
 
 
 @pytest.mark.parametrize(
@@ -92,3 +91,15 @@ def test_output_is_told_once_although_the_connection_broke():
 def test_a_job_that_a_new_head_knows_nothing_of_is_said_to_be_forgotten():
     with pytest.raises(StageFailed, match="no longer knows tiny-all-1"):
         followed(SimpleNamespace(list_jobs=list))
+
+
+@pytest.mark.parametrize(("status", "seen_as"), [("RUNNING", "FAILED"), ("SUCCEEDED", "SUCCEEDED")])
+def test_an_attempt_whose_node_is_gone_is_not_live(monkeypatch, status, seen_as):
+    """Ray calls it RUNNING for ever, where a new head found in Redis what the one before it knew."""
+    jobs = object.__new__(Jobs)
+    here, gone = job("tiny-all-2", "RUNNING"), job("tiny-all-1", status)
+    here.driver_node_id, gone.driver_node_id = "here", "gone"
+    jobs._client = SimpleNamespace(list_jobs=lambda: [here, gone])
+    monkeypatch.setattr(jobs, "_live_nodes", lambda: [{"node_id": "here"}])
+    lost, live = jobs.attempts("tiny")
+    assert (lost.status, lost.live, live.live) == (seen_as, False, True)
