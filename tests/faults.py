@@ -99,11 +99,11 @@ def long_cut(nodes: Cluster) -> bool:
 
 
 def storage_gone(nodes: Cluster) -> bool:
-    """The object storage, for half a minute. Everyone waits for it."""
+    """The server of the object storage, which is started again after half a minute. Everyone waits for it."""
     assert nodes.storage is not None
-    nodes.storage.proxy.open = False
+    nodes.storage.server.kill()
     time.sleep(GONE_S)
-    nodes.storage.proxy.open = True
+    nodes.storage.server.start()
     return True
 
 

@@ -30,9 +30,9 @@ def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_tabl
         Fault("pretrain", faults.driver),
         Fault("sft", faults.training_worker),
         Fault("rank", faults.node),
-        Fault("reward", faults.raylet),
+        Fault("reward", faults.storage_gone),
         Fault("rlhf", faults.head),
-        Fault("evaluate", faults.storage_gone),
+        Fault("evaluate", faults.raylet),
     ]
     with (
         bridge() as network,
@@ -78,7 +78,7 @@ def test_a_network_that_is_cut_costs_the_steps_since_the_checkpoint(micro, tmp_p
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("stage", ("ingest", "pretrain", "rank"))
+@pytest.mark.parametrize("stage", ["ingest", "pretrain", "rank"])
 def test_a_head_that_finds_its_tables_in_redis_is_no_other_head(micro, tmp_path, fault_table, stage):
     """On one disk: the workers live on, the driver doesn't, and Ray goes on calling its job RUNNING."""
     before_the_stage(micro, stage, tmp_path / "micro")

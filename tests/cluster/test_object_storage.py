@@ -15,7 +15,7 @@ import pytest
 from cluster import claims, doctor, mirror, objects, segments
 from cluster.errors import BadInput, PreflightRefused, StageFailed
 from cluster.runs import Run, ask_to_stop, find_run, hash_folder, read_json, runs_root, stop_is_asked
-from tests.commands import CHECKOUT, wait_until
+from tests.commands import CHECKOUT, headwater, wait_until
 from tests.s3 import BUCKET, Storage, storage
 
 pytestmark = pytest.mark.slow
@@ -288,6 +288,31 @@ def test_a_server_that_comes_back_is_waited_for(run, bucket):
     objects.put(f"{mirror.key_of(run.path)}/x", b"there")
     assert time.monotonic() - begun > 2.5
     assert objects.get(f"{mirror.key_of(run.path)}/x") == b"there"
+
+
+def test_a_server_that_is_killed_and_started_again_is_waited_for(run, bucket, monkeypatch):
+    monkeypatch.setenv("HEADWATER_STORAGE_WAIT_S", "60")
+    fill(run, "first")
+    another_machine()
+    bucket.server.kill()
+    again = threading.Timer(3.0, bucket.server.start)
+    again.start()
+    assert (mirror.here(run.stage("sft").path / "model") / "inside/weights").read_text() == "first"
+    again.join()
+
+
+@pytest.mark.parametrize(
+    ("root", "change", "said"),
+    [
+        (f"s3://{BUCKET}/runs", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "correct AWS_SECRET_ACCESS_KEY"),
+        ("s3://no-such-bucket/runs", {}, "make the bucket"),
+    ],
+)
+def test_the_command_refuses_storage_that_refuses_it(bucket, monkeypatch, root, change, said):
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    done = headwater("run", "micro", "--runs", root)
+    assert (done.returncode, said in done.stderr) == (3, True), done.stderr
 
 
 def test_a_server_that_stays_away_is_named(run, bucket, monkeypatch):
