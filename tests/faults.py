@@ -113,6 +113,8 @@ def _kill_one(nodes: Cluster, *names: str) -> bool:
     return bool(found)
 
 
+WAITED_FOR = (link, storage_gone)  # which nothing has to be started again after
+
 # When, and what it cost
 
 
@@ -125,6 +127,7 @@ class Fault:
     struck: float = 0.0  # time.time()
     at: int = 0  # steps that the stage had recorded
     lost: int = 0  # of which were made again
+    inode: int = 0  # of the record of steps, which is replaced when the stage goes on from a checkpoint
     recovered_s: float = 0.0  # from the blow until the stage was further than before it, or done
 
     @property
@@ -135,18 +138,23 @@ class Fault:
         stage = run / self.stage
         if self.struck or not at_work(stage, nodes):
             return
-        saved, steps, struck = saved_step(stage), steps_taken(stage, nodes), time.time()
+        saved, (inode, steps), struck = saved_step(stage), steps_taken(stage, nodes), time.time()
         if self.kill(nodes):
-            self.struck, self.at = struck, steps
-            self.lost = steps - saved
+            self.struck, self.at, self.inode = struck, steps, inode
+            self.lost = 0 if self.kill in WAITED_FOR else steps - saved
 
     def watch(self, run: Path, nodes: Cluster) -> None:
         """Note when the stage was further than the blow had found it."""
         stage = run / self.stage
         if not self.struck or self.recovered_s:
             return
-        if mirror.seen(stage / "done.json") or (self.at and steps_taken(stage, nodes) > self.at):
+        if mirror.seen(stage / "done.json") or (self.at and self._is_further(stage, nodes)):
             self.recovered_s = time.time() - self.struck
+
+    def _is_further(self, stage: Path, nodes: Cluster) -> bool:
+        """Steps that workers of a killed driver still took are no recovery: they are made again."""
+        inode, steps = steps_taken(stage, nodes)
+        return steps > self.at and (inode != self.inode or self.kill in WAITED_FOR)
 
     def row(self) -> str:
         lost = f"{self.lost} of {self.at} steps" if self.stage in TRAINING else "the stage's work so far"
@@ -159,7 +167,7 @@ def at_work(stage: Path, nodes: Cluster) -> bool:
         return False
     if stage.name in TRAINING:
         saved = saved_step(stage)
-        return saved > 0 and steps_taken(stage, nodes) >= saved + STEPS_PAST
+        return saved > 0 and steps_taken(stage, nodes)[1] >= saved + STEPS_PAST
     return True
 
 
@@ -169,13 +177,16 @@ def saved_step(stage: Path) -> int:
     return max([0, *(int(name[5:13]) for name in manifests if name.startswith("step-"))])
 
 
-def steps_taken(stage: Path, nodes: Cluster) -> int:
-    """How many steps the stage has recorded, on the disk of whichever node writes the record."""
+def steps_taken(stage: Path, nodes: Cluster) -> tuple[int, int]:
+    """The record of steps, on the disk of whichever node writes it: its inode, and how many steps it holds."""
     found = [stage / "metrics.jsonl"]
     if mirror.key_of(stage):
         found = [disk / found[0].relative_to(mirror.cache().parent) for disk in nodes.caches()]
     written = [path for path in found if path.exists()]
-    return len(records(max(written, key=lambda path: path.stat().st_mtime))) if written else 0
+    if not written:
+        return 0, 0
+    newest = max(written, key=lambda path: path.stat().st_mtime)
+    return newest.stat().st_ino, len(records(newest))
 
 
 def drive(nodes: Cluster, root: Path, logs: Path, faults: list[Fault], *words: str) -> list[int]:
