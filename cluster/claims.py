@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,11 @@ from cluster.progress import console
 LEASE_S = 30.0
 RENEW_S = 5.0
 LOOK_S = 1.0
+LATE_S = 2.0
 
 log = logging.getLogger("headwater")
+# Set when another command has taken the run: nothing of it may be touched any more.
+lost = threading.Event()
 
 
 @contextmanager
@@ -52,7 +55,8 @@ def claimed(run: Path) -> Iterator[None]:
     finally:
         ended.set()
         renewing.join()
-        objects.delete(mine)
+        with objects.hurried(), suppress(StageFailed):  # a claim that stays is nobody's after LEASE_S
+            objects.delete(mine)
 
 
 def is_claimed(run: Path) -> bool:
@@ -71,12 +75,17 @@ def _outlast_others(folder: str, mine: str, run: Path) -> None:
     deadline = time.monotonic() + LEASE_S
     while silent and time.monotonic() < deadline:
         time.sleep(LOOK_S)
+        asked = time.monotonic()
         now = _others(folder, mine)
         for key in silent:
             if now.get(key, silent[key]) != silent[key]:
                 raise PreflightRefused(_held(key, run))
         silent = {key: renewed for key, renewed in silent.items() if key in now}
+        if time.monotonic() - asked > LATE_S:  # storage that didn't answer us didn't answer its holder either
+            deadline = time.monotonic() + LEASE_S
     objects.delete(*ended, *silent)
+    for key in set(silent) & set(_others(folder, mine)):  # renewed in this moment
+        raise PreflightRefused(_held(key, run))
 
 
 def _others(folder: str, mine: str) -> dict[str, Any]:
@@ -98,11 +107,12 @@ def _renew_until(mine: str, ended: threading.Event) -> None:
         try:
             if objects.size(mine) is None:
                 log.error("the claim on the run was taken away: this command was silent for too long, and stops")
+                lost.set()
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             objects.put(mine, _claim(beat))
         except StageFailed:
-            continue  # nobody else can take it either, and the work itself will notice
+            continue  # while the storage is silent nobody takes it, and the work itself will notice
 
 
 def _claim(beat: int) -> bytes:

@@ -21,7 +21,7 @@ from typing import Any
 import aiohttp
 import requests
 
-from cluster import mirror
+from cluster import mirror, objects
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
 
 LIVE = ("PENDING", "RUNNING")
@@ -195,8 +195,17 @@ class _Unseen:
 
 def next_number(known: list[Attempt], logs: Path) -> int:
     """The number of a run's next attempt: one more than the cluster and the run's own folder of logs remember."""
-    kept = (_ID.fullmatch(name.removesuffix(".log")) for name in mirror.children(logs))
+    kept = (_ID.fullmatch(name.removesuffix(".log")) for name in _kept(logs))
     return 1 + max([0, *(one.number for one in known), *(int(match["number"]) for match in kept if match)])
+
+
+def _kept(logs: Path) -> list[str]:
+    """Names in the folder; none where it lies in storage that only the cluster may use."""
+    with objects.hurried():
+        try:
+            return mirror.children(logs)
+        except StageFailed:
+            return []
 
 
 @contextmanager

@@ -14,16 +14,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import mirror
-from cluster.runs import Run, ask_to_stop, folder_at, read_json
+from cluster.errors import HeadwaterError
+from cluster.runs import Run, ask_to_stop, folder_at
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 once nothing is left to wait for, 1 if something still ran when the time was up."""
     chosen = _parser().parse_args(arguments)
     if chosen.ask and running_here(chosen.word):
-        for stage in ask_to_save(os.environ.get("HEADWATER_RUN", "")):
-            print(f"{stage} is asked to save and to stop", file=sys.stderr)
+        _ask(os.environ.get("HEADWATER_RUN", ""))
     return 0 if wait_until_gone(chosen.word, chosen.seconds) else 1
+
+
+def _ask(run: str) -> None:
+    """Whatever comes of it, what runs here is waited for."""
+    try:
+        for stage in ask_to_save(run):
+            print(f"{stage} is asked to save and to stop", file=sys.stderr)
+    except HeadwaterError as error:
+        print(error, file=sys.stderr)
 
 
 def ask_to_save(run: str) -> list[str]:
@@ -31,8 +40,8 @@ def ask_to_save(run: str) -> list[str]:
     if not run:
         return []
     found = Run(folder_at(run))
-    stages = [found.stage(name) for name in mirror.children(found.path) if not name.startswith(".")]
-    working = [stage for stage in stages if read_json(stage.path / "state.json") and stage.done() is None]
+    begun = [found.stage(name) for name in mirror.children(found.path) if not name.startswith(".")]
+    working = [stage for stage in begun if mirror.exists(stage.path / "state.json") and stage.done() is None]
     for stage in working:
         ask_to_stop(stage.path)
     return [stage.name for stage in working]

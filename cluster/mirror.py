@@ -112,10 +112,10 @@ def send(path: Path) -> None:
 
 
 def fetch(path: Path) -> Path:
-    """The file at `path`, fetched if it isn't here."""
-    if (key := key_of(path)) is not None and not path.exists():
+    """The file at `path`, fetched if it isn't here as it is there."""
+    if (key := key_of(path)) is not None:
         with _alone(path):
-            if not path.exists():
+            if not objects.is_same(path, key):
                 objects.download(key, path)
     return path
 
@@ -134,13 +134,16 @@ def names(folder: Path) -> list[str]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Move all objects below `source`, state.json last: cut off, it is begun again and nothing is lost."""
+    """Move all objects below `source`. Its markers come last and go first: without them the others are nothing."""
     if (key := key_of(source)) is None or (new := key_of(target)) is None:
         return
-    found = sorted((one.path for one in objects.listing(key)), key=lambda path: path == f"{key}/state.json")
-    objects.for_all(lambda path: objects.copy(path, new + path[len(key) :]), found)
-    objects.delete(*found[:-1])
-    objects.delete(*found[-1:])
+    found = [one.path for one in objects.listing(key)]
+    markers = [path for path in found if path in (f"{key}/state.json", f"{key}/done.json")]
+    others = [path for path in found if path not in markers]
+    for some in (others, markers):
+        objects.for_all(lambda path: objects.copy(path, new + path[len(key) :]), some)
+    for some in (markers, others):
+        objects.delete(*some)
 
 
 # Folders: whole or not there
@@ -159,11 +162,18 @@ def new_folder(path: Path) -> Path:
 
 def publish(folder: Path, path: Path) -> None:
     """Make what `new_folder` gave the content of `path`, all at once; what was there before goes."""
+    _drop_unfinished(folder)
     if key_of(path) is not None:
         return _publish_objects(folder, path)
     if path.exists():
         shutil.rmtree(path)
     folder.rename(path)
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Files of tasks that were killed, and whose work was then done by others."""
+    for path in [*folder.rglob(".partial-*"), *folder.rglob("*.partial")]:
+        path.unlink()
 
 
 def _publish_objects(folder: Path, path: Path) -> None:
@@ -219,8 +229,8 @@ def sweep(parent: Path) -> None:
 def here(path: Path) -> Path:
     """`path`, which is a published folder or lies in one, with its content on this machine.
 
-    Of a folder all files are fetched, of a path inside one the files under it. Each is compared with the SHA-256 that
-    its pointer gives; StageFailed names one that differs.
+    Of a folder all files are fetched, of a path inside one the files under it. What is fetched is compared with the
+    SHA-256 that its pointer gives; StageFailed names a file that differs.
     """
     if key_of(path) is None or path in _whole:
         return path
@@ -229,7 +239,7 @@ def here(path: Path) -> Path:
     wanted = {name: facts for name, facts in pointer["files"].items() if _within(name, inside)}
     own = folder.with_name(pointer["folder"])
     with _alone(own):
-        absent = [name for name in wanted if not (own / name).exists()]
+        absent = [name for name in wanted if not _has_size(own / name, wanted[name][0])]
         objects.for_all(lambda name: _fetch_checked(own / name, wanted[name]), absent)
         _link(folder, own.name)
     _whole.add(path)
@@ -274,6 +284,10 @@ def _fetch_checked(file: Path, facts: list[Any]) -> None:
         raise StageFailed(
             Problem(f"{shown(file)} is not what was written there", "the stage that wrote it has to run again")
         )
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.exists() and file.stat().st_size == size
 
 
 def _facts(file: Path) -> list[Any]:

@@ -11,9 +11,9 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -43,9 +43,15 @@ REFUSALS = {
     "ACCESS_DENIED": "allow these credentials to list, read, write and delete under the run's prefix",
     "HTTP status 4": "correct --runs or AWS_ENDPOINT_URL",
 }
+BUSY = ("HTTP status 408", "HTTP status 429")
 
 T = TypeVar("T")
+_hurries: list[bool] = []
 log = logging.getLogger("headwater")
+
+
+class Missing(StageFailed):
+    """There is no such object."""
 
 
 class Refused(StageFailed):
@@ -76,33 +82,58 @@ def put(key: str, data: bytes) -> None:
 
 
 def upload(path: Path, key: str) -> None:
-    """Replace the object by the bytes of the file at `path`. What was cut off half-way leaves no object."""
+    """Replace the object by the bytes of the file at `path`. What was cut off half-way leaves no object.
+
+    The file takes the object's time, by which `is_same` knows it.
+    """
 
     def send() -> None:
-        with open(path, "rb") as source, _system().open_output_stream(key) as target:
-            while piece := source.read(PIECE_BYTES):
-                target.write(piece)
-        if (there := size(key)) != (here := path.stat().st_size):
-            raise OSError(f"{there} of {here} bytes arrived")
+        with open(path, "rb") as source:
+            try:
+                with _system().open_output_stream(key) as target:
+                    while piece := source.read(PIECE_BYTES):
+                        target.write(piece)
+            except OSError as error:
+                if error.errno is not None:  # a disk of ours that fails: closing has made an object of what was read
+                    delete(key)
+                raise
+        info = _system().get_file_info(key)
+        if info.size != (here := path.stat().st_size):
+            raise OSError(f"{info.size} of {here} bytes arrived")
+        _take_time(path, info)
 
     patiently(f"write {key}", send)
 
 
+def is_same(path: Path, key: str) -> bool:
+    """Whether the file at `path` is what was last fetched from the object, or sent to it, and nobody replaced it."""
+    if not path.exists():
+        return False
+    info, here = patiently(f"look at {key}", lambda: _system().get_file_info(key)), path.stat()
+    return info.size == here.st_size and info.mtime_ns == here.st_mtime_ns
+
+
+def _take_time(path: Path, info: FileInfo) -> None:
+    os.utime(path, ns=(info.mtime_ns, info.mtime_ns))
+
+
 def download(key: str, path: Path) -> None:
-    """Write the object to the file at `path`, whole or not at all. StageFailed if there is no such object."""
+    """Write the object to the file at `path`, whole or not at all. Missing if there is no such object."""
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
 
     def fetch() -> None:
+        info = _system().get_file_info(key)
         with _system().open_input_stream(key) as source, open(partial, "wb") as target:
             while piece := source.read(PIECE_BYTES):
                 target.write(piece)
+        _take_time(partial, info)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         patiently(f"read {key}", fetch)
         partial.replace(path)
     except FileNotFoundError:
-        raise StageFailed(Problem(f"s3://{key} is missing", "the stage that wrote it has to run again")) from None
+        raise Missing(Problem(f"s3://{key} is missing", "the stage that wrote it has to run again")) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -171,18 +202,22 @@ def copy(source: str, target: str) -> None:
 
 
 def for_all(work: Callable[[T], object], items: Iterable[T]) -> None:
-    """Do `work` for each item, some at a time; the first error is raised when all have ended."""
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="objects") as pool:
-        for done in [pool.submit(work, item) for item in items]:
+    """Do `work` for each item, some at a time. An error is raised at once: what has not begun is left."""
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="objects")
+    try:
+        for done in as_completed([pool.submit(work, item) for item in items]):
             done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check_access(prefix: str) -> None:
     """PreflightRefused unless objects can be written, listed, read and deleted below `prefix`."""
-    key = f"{prefix}/.access-{os.getpid()}-{random.getrandbits(32):08x}"
+    folder = f"{prefix}/.access-{random.getrandbits(64):016x}"
+    key = f"{folder}/probe"
     try:
         put(key, b"ok")
-        if get(key) != b"ok" or key not in [one.path for one in listing(prefix)]:
+        if get(key) != b"ok" or [one.path for one in listing(folder)] != [key]:
             raise Refused(Problem(f"s3://{prefix} does not give back what was written to it", "use another storage"))
         delete(key)
     except StageFailed as error:
@@ -194,7 +229,7 @@ def patiently(what: str, call: Callable[[], T]) -> T:
 
     FileNotFoundError and errors of this machine's own disk are the caller's.
     """
-    wait = float(os.environ.get(WAIT_VARIABLE) or WAIT_S)
+    wait = 0.0 if _hurries else float(os.environ.get(WAIT_VARIABLE) or WAIT_S)
     begun, pause, silent = time.monotonic(), FIRST_PAUSE_S, False
     while True:
         try:
@@ -212,6 +247,16 @@ def patiently(what: str, call: Callable[[], T]) -> T:
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
+@contextmanager
+def hurried() -> Iterator[None]:
+    """Nothing in the block waits for storage that doesn't answer: what is under way is failing or can do without."""
+    _hurries.append(True)
+    try:
+        yield
+    finally:
+        _hurries.pop()
+
+
 def _tell(what: str) -> None:
     """To who watches the command, and to its log."""
     from cluster.progress import console
@@ -221,8 +266,11 @@ def _tell(what: str) -> None:
 
 
 def _raise_refusal(what: str, error: OSError) -> None:
+    said = _short(error)
+    if any(busy in said for busy in BUSY):
+        return
     for name, remedy in REFUSALS.items():
-        if name in str(error) and "429" not in str(error) and "408" not in str(error):
+        if name in said:
             raise Refused(Problem(f"object storage refused to {what}: {_short(error)}", remedy)) from error
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from cluster.errors import Problem
+from cluster.mirror import CACHE_VARIABLE, key_of
 
 DISK_RESERVE = 256 << 20  # bytes left alone
 
@@ -33,6 +34,6 @@ def disk_problems(folder: Path, needed: int) -> list[Problem]:
     return [
         Problem(
             f"the run needs about {wanted:.2f} GB under {existing}, {free / 1e9:.2f} GB are free",
-            "free space there, or use another disk with --runs",
+            f"free space there, or use another disk with {CACHE_VARIABLE if key_of(folder) else '--runs'}",
         )
     ]

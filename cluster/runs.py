@@ -18,13 +18,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from cluster import claims, mirror, objects
-from cluster.errors import BadInput, PreflightRefused, Problem
+from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
 from llm import files
 from llm.files import hash_file
 
@@ -91,7 +91,8 @@ class StageFolder:
             yield partial
             mirror.publish(partial, self.path / name)
         except BaseException:
-            mirror.discard(partial)
+            with objects.hurried(), suppress(StageFailed):
+                mirror.discard(partial)
             raise
 
     def finish(self, done: dict[str, Any]) -> None:
@@ -100,18 +101,21 @@ class StageFolder:
 
     def _put_aside(self, key: str) -> None:
         aside = self._previous(key)
-        if self.path.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            self.path.rename(aside)
-        mirror.move(self.path, aside)
+        if mirror.key_of(self.path):
+            mirror.move(self.path, aside)
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        self.path.rename(aside)
 
     def _take_back(self, key: str) -> None:
         aside = self._previous(key)
         if not is_there(aside) or is_there(self.path):
             return
-        mirror.move(aside, self.path)
-        if aside.exists():
+        if mirror.key_of(self.path):
+            mirror.move(aside, self.path)
+        else:
             aside.rename(self.path)
 
     def _previous(self, key: str) -> Path:
@@ -144,7 +148,7 @@ class Run:
         """Refuse a folder that another version of the layout wrote, or that is no run at all."""
         lineage = read_json(self.lineage)
         if lineage is None:
-            if set(mirror.children(self.path)) - {".lock", ".claims", "jobs"}:
+            if {name for name in mirror.children(self.path) if not name.startswith(".")} - {"jobs", "recipe.yaml"}:
                 what = f"{mirror.shown(self.path)} exists and is not a run folder (no lineage.json)"
                 raise BadInput(Problem(what, "use name= or --runs"))
             return
@@ -203,7 +207,8 @@ def _lock_file(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         return open(folder / ".lock", "w")
     except OSError as error:
-        raise BadInput(Problem(f"cannot write to {folder}: {error}", "use --runs with a folder you own")) from None
+        setting = mirror.CACHE_VARIABLE if mirror.key_of(folder) else "--runs"
+        raise BadInput(Problem(f"cannot write to {folder}: {error}", f"use {setting} with a folder you own")) from None
 
 
 def runs_root(flag: str | None) -> Path:
@@ -240,8 +245,7 @@ def canonical_hash(value: Any) -> str:
 
 def hash_folder(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder`, by relative name."""
-    files = sorted(path for path in mirror.here(folder).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
+    return {name: hash_file(mirror.here(folder) / name) for name in mirror.files(folder)}
 
 
 def read_json(path: Path) -> Any:

@@ -12,15 +12,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster import mirror, objects
-from cluster.errors import StageFailed
+from cluster.errors import Problem, StageFailed
 
 SEND_EVERY_S = 5.0
 LOOK_EVERY_S = 2.0
 BASE = ".base"
+MANY_PIECES = 200  # after which they are made one again
 
 
 @contextmanager
@@ -37,10 +39,16 @@ def growing(path: Path, base: bool = False) -> Iterator[Callable[[], None]]:
     sender.start()
     try:
         yield writer.flush
-    finally:
+    except BaseException:
         ended.set()
-        sender.join()
+        with objects.hurried(), suppress(StageFailed):  # of two errors the first is the one to tell
+            writer.flush()
+        raise
+    else:
+        ended.set()
         writer.flush()
+    finally:
+        sender.join()
 
 
 def _send_until(writer: _Writer, ended: threading.Event) -> None:
@@ -53,10 +61,10 @@ def _send_until(writer: _Writer, ended: threading.Event) -> None:
 
 class _Writer:
     def __init__(self, path: Path, base: bool):
-        self._path, self._folder = path, str(mirror.key_of(path))
+        self._path, self._folder, self._base = path, str(mirror.key_of(path)), base
         self._lock = threading.Lock()
-        before = [one.path for one in objects.listing(self._folder)]
-        self._attempt = 1 + max([0, *(int(_number(name)) for name in before)])
+        before = self._pieces_there()
+        self._attempt = 1 + max([0, *map(_attempt, before)])
         self._sent = 0 if base else _size(path)
         self._pieces = 0
         if base:
@@ -64,9 +72,20 @@ class _Writer:
             objects.delete(*before)
 
     def flush(self) -> None:
+        """Send what is new. StageFailed if another writer has begun to replace what this one writes."""
         with self._lock:
-            if fresh := self._take():
+            before = self._pieces_there() if self._base else []
+            if any(_attempt(piece) > self._attempt for piece in before):
+                raise StageFailed(_superseded(self._path))
+            if len(before) > MANY_PIECES:
+                self._sent = 0
+                self._put(self._take(), BASE)
+                objects.delete(*before)
+            elif fresh := self._take():
                 self._put(fresh, "")
+
+    def _pieces_there(self) -> list[str]:
+        return [one.path for one in objects.listing(self._folder)]
 
     def _take(self) -> bytes:
         if not self._path.exists():
@@ -88,7 +107,12 @@ def read(path: Path) -> bytes:
     pieces = _that_count([one.path for one in objects.listing(key)])
     if not pieces:
         raise FileNotFoundError(2, "nothing was written yet", mirror.shown(path))
-    return b"".join(objects.get(piece) or b"" for piece in pieces)
+    return _joined(pieces)
+
+
+def _joined(pieces: list[str]) -> bytes:
+    with ThreadPoolExecutor(objects.AT_ONCE) as pool:
+        return b"".join(part or b"" for part in pool.map(objects.get, pieces))
 
 
 def exists(path: Path) -> bool:
@@ -112,9 +136,12 @@ class Follower:
         self._seen: list[str] = []
         self._looked = -LOOK_EVERY_S
 
-    def new(self) -> tuple[bool, bytes]:
-        """Whether the file began anew, and what it holds beyond what was handed on."""
-        return self._of_file() if self._key is None else self._of_pieces(self._key)
+    def new(self, now: bool = False) -> tuple[bool, bytes]:
+        """Whether the file began anew, and what it holds beyond what was handed on.
+
+        Object storage is looked at every few seconds, or `now`.
+        """
+        return self._of_file() if self._key is None else self._of_pieces(self._key, now)
 
     def _of_file(self) -> tuple[bool, bytes]:
         try:
@@ -128,15 +155,15 @@ class Follower:
         except FileNotFoundError:
             return False, b""
 
-    def _of_pieces(self, key: str) -> tuple[bool, bytes]:
-        if time.monotonic() - self._looked < LOOK_EVERY_S:
+    def _of_pieces(self, key: str, now: bool) -> tuple[bool, bytes]:
+        if not now and time.monotonic() - self._looked < LOOK_EVERY_S:
             return False, b""
         self._looked = time.monotonic()
         pieces = _that_count([one.path for one in objects.listing(key)])
         anew = self._seen[:1] != pieces[:1]
         fresh = pieces if anew else pieces[len(self._seen) :]
         self._seen = pieces
-        return anew, b"".join(objects.get(piece) or b"" for piece in fresh)
+        return anew, _joined(fresh)
 
 
 def _that_count(pieces: list[str]) -> list[str]:
@@ -145,8 +172,15 @@ def _that_count(pieces: list[str]) -> list[str]:
     return pieces[bases[-1] :] if bases else pieces
 
 
-def _number(piece: str) -> str:
-    return piece.rsplit("/", 1)[-1].partition("-")[0]
+def _attempt(piece: str) -> int:
+    return int(piece.rsplit("/", 1)[-1].partition("-")[0])
+
+
+def _superseded(path: Path) -> Problem:
+    return Problem(
+        f"another worker writes {mirror.shown(path)} by now: this one was given up",
+        "nothing to do, the other goes on; if there is none, the same command does",
+    )
 
 
 def _size(path: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 from cluster import mirror
@@ -18,7 +19,6 @@ class Tracker:
 
     def __init__(self, run: Run, folder: StageFolder, project: str | None, config: dict[str, Any]):
         self._wandb: Any = None
-        self._folder = run.path
         if project is not None:
             self._try(self._start, run, folder, project, config)
 
@@ -51,8 +51,9 @@ class Tracker:
         if self._wandb is not None:
             self._try(self._wandb.summary.update, summary)
         if self._wandb is not None:
+            files = Path(self._wandb.dir).parent
             self._try(self._wandb.finish, exit_code)
-            self._try(mirror.send, self._folder / "wandb")
+            self._try(mirror.send, files)
         self._wandb = None
 
     def _try(self, call: Any, *args: Any) -> None:

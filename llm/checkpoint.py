@@ -83,7 +83,7 @@ class OnDisk:
         """Make the checkpoint one that counts. On rank 0, after everyone has handed over; the manifest is there."""
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        write_json(final.parent / "latest.json", {"checkpoint": final.name})
+        write_json(final.parent / "latest.json", {"checkpoint": final.name, "step": int(final.name[5:])})
 
 
 def save(

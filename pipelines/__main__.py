@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import mirror
-from cluster.errors import BadInput, HeadwaterError, Problem, Stopped
+from cluster.errors import BadInput, HeadwaterError, Problem, StageFailed, Stopped
 from cluster.runs import Run, find_run, folder_at, runs_root
 
 RUN_HELP = "a run's name or folder"
@@ -286,14 +286,13 @@ def _run_if_there(name: str, root: Path) -> Run | None:
     """The run of that name or path, None where the root does not hold it: it may be known to the cluster alone."""
     try:
         return find_run(name, root)
-    except BadInput:
+    except (BadInput, StageFailed):
         return None
 
 
 def model_folder(name_or_path: str, root: Path, stage: str | None = None) -> Path:
     """The Hugging Face folder that RUN|MODEL means; of a run, what `stage` made, or else the last stage done."""
-    direct = folder_at(name_or_path)
-    if (direct / "config.json").is_file():
+    if direct := _published(name_or_path, "config.json"):
         return direct
     for name in [stage] if stage else reversed(WRITERS):
         if folder := _made_by(name, name_or_path, root):
@@ -306,9 +305,17 @@ def model_folder(name_or_path: str, root: Path, stage: str | None = None) -> Pat
     )
 
 
+def _published(name_or_path: str, file: str) -> Path | None:
+    """The folder at that path or address, on this machine, if it holds `file`."""
+    folder = folder_at(name_or_path)
+    if mirror.key_of(folder) and mirror.is_published(folder):
+        folder = mirror.here(folder)
+    return folder if (folder / file).is_file() else None
+
+
 def _made_by(stage: str, run: str, root: Path) -> Path | None:
     """The model that a stage of a run has finished, if there is one."""
-    if (folder_at(run) / "config.json").is_file():
+    if _published(run, "config.json"):
         return None
     folder = find_run(run, root).stage(stage)
     return mirror.here(folder.path / "model") if folder.done() else None
@@ -316,8 +323,7 @@ def _made_by(stage: str, run: str, root: Path) -> Path | None:
 
 def tokenizer_folder(name_or_path: str, root: Path) -> Path:
     """The tokenizer that RUN|MODEL means; a run has one before it has a model."""
-    direct = folder_at(name_or_path)
-    if (direct / "tokenizer.json").is_file():
+    if direct := _published(name_or_path, "tokenizer.json"):
         return direct
     found = find_run(name_or_path, root)
     if found.stage("tokenizer").done() is None:
@@ -331,7 +337,7 @@ def _recipe_of(name: str, root: Path) -> Any:
     """The recipe that a run was made with; None for a model folder that belongs to no run."""
     from pipelines.recipe import load_recipe
 
-    if (folder_at(name) / "config.json").is_file():
+    if _published(name, "config.json"):
         return None
     return load_recipe(str(mirror.fetch(find_run(name, root).path / "recipe.yaml")))
 

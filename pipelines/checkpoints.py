@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,29 @@ def newest(folder: Path) -> Checkpoint | None:
         return checkpoint.newest(folder)
     for name in sorted(_whole(mirror.names(folder)), reverse=True):
         try:
-            return Checkpoint(folder / name, _fetched(folder / name))
+            manifest = _fetched(folder / name)
         except ValueError as error:
             log.warning("checkpoint %s is damaged and is passed over: %s", mirror.shown(folder / name), error)
-            shutil.rmtree(folder / name)
+            mirror.delete(folder / name / "manifest.json")  # so that it counts no more, for pruning either
+        else:
+            _drop(path for path in folder.glob("step-*") if path.name != name)
+            return Checkpoint(folder / name, manifest)
     return None
 
 
-def save(folder: Path, step: int, attempt: str, engine: Any, tokenizer: Any, facts: dict[str, Any]) -> None:
-    """Write the checkpoint of the state after `step` steps. Collective.
+def store(folder: Path, attempt: str, flush: Callable[[], None]) -> checkpoint.OnDisk:
+    """Where the checkpoints of `folder` are kept.
 
-    `attempt` is a word that all ranks of this start of the workers share, and no other start has.
+    `attempt` is a word that all ranks of this start of the workers share, and no other start has. `flush` makes what
+    was recorded of the steps safe, and raises if another start has taken over.
     """
+    return checkpoint.OnDisk() if mirror.key_of(folder) is None else _InObjects(attempt, flush)
+
+
+def save(
+    folder: Path, step: int, kept_in: checkpoint.OnDisk, engine: Any, tokenizer: Any, facts: dict[str, Any]
+) -> None:
+    """Write the checkpoint of the state after `step` steps. Collective."""
     weights = zero.whole_weights(engine)
     checkpoint.save(
         folder,
@@ -47,7 +59,7 @@ def save(folder: Path, step: int, attempt: str, engine: Any, tokenizer: Any, fac
         save_model=lambda path: checkpoint.save_model(path, engine.module, weights, tokenizer),
         gather=_everyones,
         facts=facts,
-        store=_InObjects(attempt) if mirror.key_of(folder) else checkpoint.OnDisk(),
+        store=kept_in,
     )
 
 
@@ -72,18 +84,21 @@ def export(folder: Path) -> None:
 
 
 class _InObjects(checkpoint.OnDisk):
-    """Sends a checkpoint's files as they are written; what is here goes when they are there."""
+    """Sends a checkpoint's files when a rank has written its own, and keeps none here."""
 
-    def __init__(self, attempt: str):
-        self._attempt = attempt
+    def __init__(self, attempt: str, flush: Callable[[], None]):
+        self._attempt, self._flush = attempt, flush
 
     def name(self, step: int) -> str:
         return f"{super().name(step)}.{self._attempt}"
 
     def hand_over(self, partial: Path, final: Path, names: list[str]) -> None:
         objects.for_all(lambda name: objects.upload(partial / name, f"{mirror.key_of(final)}/{name}"), names)
+        for name in names:
+            (partial / name).unlink()
 
     def publish(self, partial: Path, final: Path) -> None:
+        self._flush()
         self.hand_over(partial, final, ["manifest.json"])
         shutil.rmtree(partial)
 
@@ -102,5 +117,18 @@ def _whole(names: list[str]) -> list[str]:
 
 def _fetched(path: Path) -> dict[str, Any]:
     """The checkpoint's manifest, its files on this machine. ValueError names the first that is missing or altered."""
-    objects.for_all(mirror.fetch, [path / name for name in mirror.names(path)])
-    return checkpoint.verify(path)
+    try:
+        objects.for_all(mirror.fetch, [path / name for name in mirror.names(path)])
+    except objects.Missing as error:
+        raise ValueError(str(error)) from None
+    try:
+        return checkpoint.verify(path)
+    except ValueError:
+        _drop([path])  # it may be our copy that is damaged
+        objects.for_all(mirror.fetch, [path / name for name in mirror.names(path)])
+        return checkpoint.verify(path)
+
+
+def _drop(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # another rank of this machine may be at it too

@@ -73,7 +73,8 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
 
 def forget(logs: Path) -> None:
     """Take away what an earlier attempt's ranks told: of one that dies before it begins, it would be untrue."""
-    for name in mirror.children(logs):
+    names = {*mirror.children(logs), *(path.name for path in logs.glob("*"))}  # there, and left on this machine
+    for name in names:
         if re.fullmatch(r"rank-\d+\.(json|faults)", name):
             remove(logs / name)
 
@@ -121,7 +122,7 @@ def _of_error(record: Record, said: str, logs: Path) -> Problem:
 def _of_death(rank: int, record: Record, failure: Exception, folder: Path) -> Problem:
     logs = folder / "logs"
     what = [
-        f"{_who(record)} died first: {_signal(logs, rank)}",
+        f"{_who(record)} died first: {_signal(logs, record)}",
         f"    Ray: {_short(failure)}",
         *_memory(folder),
         *_last_lines(logs, rank),
@@ -142,13 +143,15 @@ def _who(record: Record) -> str:
     return f"rank {record.rank} of {record.world} (process {record.pid} on {record.host})"
 
 
-def _signal(logs: Path, rank: int) -> str:
+def _signal(logs: Path, record: Record) -> str:
     """The signal's name. One that leaves no trace cannot be caught, or took the whole node."""
-    path = _faults(logs, rank)
+    path = _faults(logs, record.rank)
     text = path.read_text(errors="replace") if path.exists() else ""
     for words, name in FAULTS.items():
         if words in text:
             return f"{name}; see {path}"
+    if mirror.key_of(path) and not path.exists():
+        return f"see {path} on {record.host}, if that is still there"
     return "no trace of a fault, as SIGKILL leaves none (out of memory, kill -9, or its node is gone)"
 
 

@@ -15,7 +15,10 @@ NAMES = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl")
 
 @contextmanager
 def followed(folder: Path, step: int) -> Iterator[Callable[[], None]]:
-    """Make the files ready for steps from `step` on. Gives a function after which all that was appended is safe."""
+    """Make the files ready for steps from `step` on. Gives a function after which all that was appended is safe.
+
+    It raises StageFailed where another worker has taken over: what this one does no longer counts.
+    """
     for name in NAMES:
         cut_back(folder / name, step)
     with ExitStack() as files:
@@ -68,9 +71,9 @@ class Tail:
         self._last = after
         self._rest = b""
 
-    def new(self) -> list[dict[str, Any]]:
-        """The records of steps not seen before."""
-        anew, data = self._file.new()
+    def new(self, now: bool = False) -> list[dict[str, Any]]:
+        """The records of steps not seen before; object storage is looked at every few seconds, or `now`."""
+        anew, data = self._file.new(now)
         whole, _, self._rest = ((b"" if anew else self._rest) + data).rpartition(b"\n")
         fresh = [record for record in map(json.loads, whole.splitlines()) if record["step"] > self._last]
         self._last = max([self._last, *(record["step"] for record in fresh)])

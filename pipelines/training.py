@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cluster import mirror
+from cluster import claims, mirror
 from cluster.errors import StageFailed, Stopped
 from cluster.progress import console, log_to, progress
 from cluster.runs import ask_to_stop, stop_is_asked
@@ -208,7 +208,7 @@ class Trainer:
         """The global batch's loss sum, the rows that the ranks really took, whether the run is asked to stop, and the
         ranks' figures averaged, with the most memory that one of them has held.
         """
-        stop = stop_is_asked(self.job.folder)
+        stop = dist.get_rank() == 0 and stop_is_asked(self.job.folder)
         names = sorted(batch.figures)
         figures = [batch.figures[name] for name in names]
         # Row ids are exact in fp64 up to 2^53, so one collective carries everything.
@@ -263,7 +263,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the state after `self.step` steps. Collective."""
         self.flush()  # first: of the steps before a checkpoint nothing may be missing
-        checkpoints.save(self.job.checkpoints, self.step, self.attempt, self.engine, self.tokenizer, self.job.facts)
+        store = checkpoints.store(self.job.checkpoints, self.attempt, self.flush)
+        checkpoints.save(self.job.checkpoints, self.step, store, self.engine, self.tokenizer, self.job.facts)
         if dist.get_rank() == 0:
             checkpoints.prune(self.job.checkpoints, self.job.settings.keep_checkpoints)
 
@@ -304,7 +305,7 @@ def _shared_word() -> str:
 
 @contextmanager
 def sole_writer(folder: Path, rank: int) -> Iterator[None]:
-    """Let one rank 0 at a time write to `folder`.
+    """Let one rank 0 of this machine at a time write to `folder`. (In object storage `flush` sees that one does.)
 
     A killed driver's workers may live on for some seconds; the next attempt waits for them to go, and says so if they
     do not.
@@ -343,7 +344,7 @@ def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> 
         tail = records.Tail(job.folder / "metrics.jsonl", after=job.resume_step() - 1)
         while thread.is_alive():
             thread.join(timeout=0.25)
-            for record in tail.new():
+            for record in tail.new(now=not thread.is_alive()):
                 report(record["step"] + 1, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
                 on_record(record)
     if outcome:
@@ -358,9 +359,16 @@ def _fit(job: Job, outcome: list[BaseException]) -> None:
     try:
         _trainer(job).fit()
     except TrainingFailedError as error:
-        outcome.append(StageFailed(failures.explained(error, job.folder)))
+        outcome.append(_explained(error, job.folder))
     except BaseException as error:  # handed to the thread that waits, which raises it
         outcome.append(error)
+
+
+def _explained(error: Exception, folder: Path) -> StageFailed:
+    try:
+        return StageFailed(failures.explained(error, folder))
+    except StageFailed as silence:  # of the storage, where the ranks' records lie
+        return silence
 
 
 def _trainer(job: Job):
@@ -408,10 +416,11 @@ def _stop_by_signal(folder: Path) -> Iterator[None]:
     asked: list[int] = []
 
     def ask(number: int, frame: object) -> None:
-        if asked:
+        if asked or claims.lost.is_set():
             raise KeyboardInterrupt
         asked.append(number)
-        ask_to_stop(folder)
+        # A signal's handler must not wait, and storage may let it.
+        threading.Thread(target=ask_to_stop, args=(folder,), daemon=True).start()
         console.print("stopping after this step, saving state (again to end at once)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

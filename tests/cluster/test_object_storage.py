@@ -11,10 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster import claims, doctor, mirror, objects, segments
 from cluster.errors import BadInput, PreflightRefused, StageFailed
 from cluster.runs import Run, ask_to_stop, find_run, hash_folder, read_json, runs_root, stop_is_asked
+from llm import checkpoint
+from llm.zero import Fragment
+from pipelines import checkpoints, records
 from tests.commands import CHECKOUT, headwater, wait_until
 from tests.s3 import BUCKET, Storage, storage
 
@@ -177,6 +181,112 @@ def test_a_stop_is_seen_on_another_machine(run, monkeypatch):
     assert not stop_is_asked(run.stage("sft").path)
 
 
+def test_a_file_that_another_machine_replaced_is_fetched_again(run):
+    part = run.stage("rank").path / "answers" / "part-0"
+    part.parent.mkdir(parents=True)
+    part.write_text("ours")
+    mirror.send(part)
+    assert mirror.fetch(part).read_text() == "ours"
+    time.sleep(1.1)  # the storage's clock has whole seconds
+    objects.put(str(mirror.key_of(part)), b"them")
+    assert mirror.fetch(part).read_text() == "them"
+
+
+def test_a_move_that_was_cut_off_is_no_stage_that_is_done(run, monkeypatch):
+    stage = run.stage("sft")
+    stage.begin("a" * 64)
+    fill(run, "first")
+    stage.finish({"key": "a"})
+    copy = objects.copy
+
+    def fail(source: str, target: str) -> None:
+        if source.endswith("weights"):
+            raise StageFailed("killed here")
+        copy(source, target)
+
+    monkeypatch.setattr(objects, "copy", fail)
+    with pytest.raises(StageFailed, match="killed here"):
+        stage.begin("b" * 64)
+    monkeypatch.setattr(objects, "copy", copy)
+    another_machine()
+    stage.begin("a" * 64)
+    assert stage.done() == {"key": "a"}
+    stage.begin("b" * 64)
+    stage.begin("a" * 64)
+    assert (mirror.here(stage.path / "model") / "inside/weights").read_text() == "first"
+
+
+# Checkpoints
+
+
+def save(folder: Path, step: int, value: float, flush=lambda: None) -> str:
+    """A checkpoint of one rank; its name."""
+    tensor = torch.full((4,), value)
+    kept_in = checkpoints.store(folder, f"{step:08x}", flush)
+    checkpoint.save(
+        folder,
+        step,
+        rank=0,
+        world=1,
+        fragments=[Fragment("weight", 0, {"weight": tensor})],
+        save_model=lambda path: (path.mkdir(), (path / "config.json").write_text(f"{value}")),
+        gather=lambda mine: [mine],
+        facts={},
+        store=kept_in,
+    )
+    return kept_in.name(step)
+
+
+def test_a_checkpoint_is_restored_on_another_machine(run):
+    folder = run.stage("pretrain").path / "checkpoints"
+    save(folder, 5, 1.0)
+    newer = save(folder, 10, 2.0)
+    another_machine()
+    found = checkpoints.newest(folder)
+    restored = torch.zeros(4)
+    checkpoint.restore_state(found, [Fragment("weight", 0, {"weight": restored})])
+    assert (found.step, found.path.name, restored.tolist()) == (10, newer, [2.0] * 4)
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing", "no manifest"])
+def test_the_newest_checkpoint_if_damaged_is_named_and_the_one_before_used(run, caplog, damage):
+    folder = run.stage("pretrain").path / "checkpoints"
+    save(folder, 5, 1.0)
+    key = f"{mirror.key_of(folder)}/{save(folder, 10, 2.0)}"
+    if damage == "altered":
+        objects.put(f"{key}/model/config.json", b"3.0")
+    else:
+        objects.delete(f"{key}/manifest.json" if damage == "no manifest" else f"{key}/model/config.json")
+    another_machine()
+    assert checkpoints.newest(folder).step == 5
+    assert damage == "no manifest" or "model/config.json" in caplog.text
+    checkpoints.prune(folder, keep=1)
+    assert checkpoints.newest(folder).step == 5, "pruning doesn't count what is damaged"
+
+
+def test_a_damaged_copy_of_a_sound_checkpoint_is_fetched_again(run):
+    folder = run.stage("pretrain").path / "checkpoints"
+    save(folder, 5, 1.0)
+    found = checkpoints.newest(folder)
+    stat = (found.model / "config.json").stat()
+    (found.model / "config.json").write_text("3.0")
+    os.utime(found.model / "config.json", ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert (checkpoints.newest(folder).model / "config.json").read_text() == "1.0"
+
+
+def test_a_worker_that_was_given_up_publishes_nothing(run):
+    folder = run.stage("pretrain").path
+    folder.mkdir(parents=True)
+    with pytest.raises(StageFailed, match="another worker writes"), records.followed(folder, 0) as flush:
+        records.append(folder / "metrics.jsonl", {"step": 0})
+        save(folder / "checkpoints", 1, 1.0, flush)
+        with records.followed(folder, 1):
+            pass
+        save(folder / "checkpoints", 2, 2.0, flush)
+    assert checkpoints.newest(folder / "checkpoints").step == 1
+    assert records.read_lines(folder / "metrics.jsonl") == [{"step": 0}]
+
+
 # Files that grow
 
 
@@ -205,6 +315,18 @@ def test_what_a_file_held_before_is_not_sent_twice(run):
         with segments.growing(log):
             add(log, word)
     assert segments.read(log) == b"one two "
+
+
+def test_many_pieces_are_made_one_again(run, monkeypatch, bucket):
+    monkeypatch.setattr(segments, "MANY_PIECES", 5)
+    path = run.stage("sft").path / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    with segments.growing(path, base=True) as flush:
+        for number in range(20):
+            add(path, f"{number}\n")
+            flush()
+    assert segments.read(path) == b"".join(b"%d\n" % number for number in range(20))
+    assert len(bucket.names(f"runs/{run.name}/sft/metrics.jsonl")) <= 7
 
 
 def test_a_base_replaces_what_came_before_it(run):

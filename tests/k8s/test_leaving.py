@@ -36,6 +36,7 @@ def run(tmp_path, monkeypatch):
     for stage in ("ingest", "pretrain"):
         write_json(tmp_path / stage / "state.json", {"key": "x"})
     write_json(tmp_path / "ingest" / "done.json", {"key": "x"})
+    write_json(tmp_path / "lineage.json", {})
     monkeypatch.setenv("HEADWATER_RUN", str(tmp_path))
     return tmp_path
 
