@@ -239,9 +239,12 @@ def _storage_finding(nodes: Sequence[Node]) -> Finding:
     wrong = [f"it can't {what} on {node.host}: {why}" for node in nodes for what, why in node.storage.items()]
     if wrong:
         return Finding(
-            "run root", "failure", "; ".join(wrong), "use --runs with a file system that has POSIX semantics"
+            "run root",
+            "failure",
+            "; ".join(wrong),
+            "use --runs with a folder of POSIX semantics, or mend what the object storage says",
         )
-    return Finding("run root", "ok", "writes, replaces, renames, appends and locks")
+    return Finding("run root", "ok", "does all that a run asks of it")
 
 
 def tested_versions() -> dict[str, str]:
@@ -383,9 +386,9 @@ def _shared(asked: list[Any], nodes: Sequence[Node]) -> Finding:
             "shared run root",
             "failure",
             "; ".join(wrong),
-            "mount one file system on every node, and use it for --runs",
+            "use --runs with a file system that every node mounts, or with s3://BUCKET/PREFIX",
         )
-    return Finding("shared run root", "ok", f"{len(nodes)} nodes see one file and heed one lock")
+    return Finding("shared run root", "ok", f"{len(nodes)} nodes see what one of them wrote")
 
 
 def _bandwidth(node_ids: Sequence[str], nodes: Sequence[Node]) -> Finding:

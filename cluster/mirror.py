@@ -43,13 +43,26 @@ _whole: set[Path] = set()  # what `here` has fetched
 
 def cache() -> Path:
     """Where this machine keeps what it has of object storage."""
-    chosen = os.environ.get(CACHE_VARIABLE) or os.path.join(tempfile.gettempdir(), f"headwater-{os.getuid()}")
-    return Path(chosen).absolute() / "s3"
+    return Path(os.environ.get(CACHE_VARIABLE) or _default_cache()).absolute() / "s3"
+
+
+def _default_cache() -> Path:
+    return Path(tempfile.gettempdir(), f"headwater-{os.getuid()}")
 
 
 def same_everywhere() -> dict[str, str]:
     """Environment variables that every machine which works on a run must share."""
     return {CACHE_VARIABLE: str(cache().parent)}
+
+
+def _make_cache() -> None:
+    """Make the cache, for us alone. StageFailed if another user made it before us, where everyone may write."""
+    folder = cache().parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder == _default_cache() and folder.stat().st_uid != os.getuid():
+        raise StageFailed(
+            Problem(f"{folder} belongs to another user", f"set {CACHE_VARIABLE} to a folder of your own")
+        )
 
 
 def local(url: str) -> Path:
@@ -58,6 +71,7 @@ def local(url: str) -> Path:
     parts = [part for part in prefix.split("/") if part]
     if not url.startswith(SCHEME) or not bucket or any(part in (".", "..") for part in (bucket, *parts)):
         raise BadInput(Problem(f"'{url}' is no address of a folder in object storage", "write s3://BUCKET/PREFIX"))
+    _make_cache()
     return cache().joinpath(bucket, *parts)
 
 
@@ -310,8 +324,9 @@ def _link(path: Path, target: str) -> None:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """One process of this machine at a time fetches the same thing."""
+    _make_cache()
     locks = cache().parent / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
+    locks.mkdir(exist_ok=True)
     with open(locks / hashlib.sha256(str(path).encode()).hexdigest(), "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

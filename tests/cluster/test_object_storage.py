@@ -161,6 +161,14 @@ def test_other_settings_put_a_stage_aside_and_take_it_back(run):
     assert stage.done() == {"key": "a"}
 
 
+def test_a_cache_that_another_user_made_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(mirror, "_default_cache", lambda: tmp_path)
+    monkeypatch.delenv("HEADWATER_CACHE", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(StageFailed, match="belongs to another user"):
+        mirror.local("s3://bucket/runs")
+
+
 def test_a_run_is_found_by_name_and_address(run):
     Path(run.path).mkdir(parents=True)
     from cluster.runs import write_json
