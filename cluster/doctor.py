@@ -113,9 +113,11 @@ def _object_problems(root: Path) -> dict[str, str]:
     key = f"{folder}/.doctor-{os.urandom(4).hex()}"
     try:
         objects.check_access(folder)
-        for data in (b"old", b"new"):
-            objects.put(key, data)
-        kept, skew = objects.get(key), objects.modified(key) - time.time()
+        objects.put(key, b"old")
+        before = time.time()
+        objects.put(key, b"new")
+        middle = (before + time.time()) / 2
+        kept, skew = objects.get(key), objects.modified(key) - middle
         objects.delete(key)
     except HeadwaterError as error:
         return {"be used": "; ".join(str(one.what if isinstance(one, Problem) else one) for one in error.problems)}
@@ -359,8 +361,10 @@ def _written(root: Path) -> Iterator[tuple[Path, str]]:
         os.fsync(handle.fileno())
         fcntl.flock(handle, fcntl.LOCK_EX)
         mirror.send(Path(handle.name))
-        yield Path(handle.name), said
-        mirror.delete(Path(handle.name))
+        try:
+            yield Path(handle.name), said
+        finally:
+            mirror.delete(Path(handle.name))
 
 
 def _sees(path: Path, said: str) -> str:

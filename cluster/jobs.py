@@ -128,7 +128,7 @@ class Jobs:
         """What is known of a run's attempts, or of everybody's, oldest first."""
         found = [attempt for job in self._client.list_jobs() if (attempt := Attempt.of(job))]
         chosen = [one for one in found if run in (None, one.run)]
-        if any(one.live and one.node for one in chosen):
+        if any(one.node for one in chosen):
             nodes = {node["node_id"] for node in self._live_nodes()}
             chosen = [one if one.node in (None, *nodes) else one.given_up() for one in chosen]
         return sorted(chosen, key=lambda one: (one.started_ms, one.number))

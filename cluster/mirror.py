@@ -2,7 +2,7 @@
 
 What lies at s3://BUCKET/PREFIX has a place at CACHE/s3/BUCKET/PREFIX, under the same names, so that everything else
 deals in plain paths. CACHE is HEADWATER_CACHE, one path for all machines of a cluster; its content is each one's own.
-Every function here leaves alone a path that is not in the cache: for a run on a shared disk they do nothing.
+A path that is not in the cache stands for itself: on a shared disk there is nothing to send and nothing to fetch.
 
     STAGE/done.json                  a file is one object, whole or not there
     STAGE/model.3f2ab9c1/…           a folder is objects under a name of its own, and
@@ -117,6 +117,12 @@ def children(folder: Path) -> list[str]:
     return objects.children(key)
 
 
+def make(folder: Path) -> None:
+    """Make the folder on this machine, where each has its own; on a shared disk it is there or that isn't shared."""
+    if key_of(folder) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def send(path: Path) -> None:
     """Make the file at `path`, or every file of that folder, an object as well."""
     if key_of(path) is None:
@@ -187,7 +193,7 @@ def publish(folder: Path, path: Path) -> None:
 def _drop_unfinished(folder: Path) -> None:
     """Files of tasks that were killed, and whose work was then done by others."""
     for path in [*folder.rglob(".partial-*"), *folder.rglob("*.partial")]:
-        path.unlink()
+        path.unlink(missing_ok=True)  # it may just have been finished
 
 
 def _publish_objects(folder: Path, path: Path) -> None:
@@ -219,7 +225,7 @@ def is_published(path: Path) -> bool:
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
     """For a task that fills a new folder by itself: it is there in the block, and its files are sent at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     yield
     send(folder)
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cluster import mirror
 from cluster.segments import growing
 
 LINE_EVERY_S = 10.0
@@ -70,7 +71,7 @@ def _lines(title: str, total: float, unit: str) -> Iterator[Report]:
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Append what the project logs to `path` for as long as the block lasts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    mirror.make(path.parent)
     with growing(path), _logged(path):
         yield
 

@@ -261,7 +261,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` in one step: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    mirror.make(path.parent)
     files.write_json(path, value)
     mirror.send(path)
 
@@ -273,7 +273,7 @@ def is_there(folder: Path) -> bool:
 
 def ask_to_stop(folder: Path) -> None:
     """Ask the stage at work in `folder` to save its state and end."""
-    folder.mkdir(parents=True, exist_ok=True)
+    mirror.make(folder)
     (folder / "stop").touch()
     mirror.send(folder / "stop")
 

@@ -76,6 +76,9 @@ class OnDisk:
         """What the checkpoint is called."""
         return f"step-{step:08d}"
 
+    def prepare(self, partial: Path) -> None:
+        """Make `partial` on this rank's machine, unless rank 0 did."""
+
     def hand_over(self, partial: Path, final: Path, names: list[str]) -> None:
         """Take the files `names`, which this rank has written to `partial`."""
 
@@ -108,7 +111,9 @@ def save(
     partial = folder / f".partial-{final.name}"
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     gather({})
+    store.prepare(partial)
     own = _write_part(partial, rank, world, fragments, save_model)
     store.hand_over(partial, final, list(own))
     files = {name: sha256 for part in gather(own) for name, sha256 in part.items()}
@@ -122,7 +127,6 @@ def _write_part(
 ) -> dict[str, str]:
     """What a rank writes of a checkpoint: the SHA-256 of each file by name."""
     state = partial / f"state-{rank:02d}-of-{world:02d}.safetensors"
-    partial.mkdir(parents=True, exist_ok=True)
     save_state(state, fragments)
     written = [state]
     if rank == 0:

@@ -92,6 +92,9 @@ class _InObjects(checkpoint.OnDisk):
     def name(self, step: int) -> str:
         return f"{super().name(step)}.{self._attempt}"
 
+    def prepare(self, partial: Path) -> None:
+        partial.mkdir(parents=True, exist_ok=True)
+
     def hand_over(self, partial: Path, final: Path, names: list[str]) -> None:
         objects.for_all(lambda name: objects.upload(partial / name, f"{mirror.key_of(final)}/{name}"), names)
         for name in names:

@@ -227,7 +227,7 @@ def _part(folder: Path, number: int, columns: type[NamedTuple]) -> Iterator[Part
     """Part `number` of an artefact. It appears under its name when it is whole, so a task may be tried again."""
     unfinished, path = folder / f"{UNFINISHED}{number:05d}-{uuid.uuid4().hex}", folder / f"part-{number:05d}.parquet"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        mirror.make(folder)
         with closing(Part(unfinished, columns)) as part:
             yield part
             part.flush()

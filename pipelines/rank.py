@@ -181,7 +181,7 @@ class _Answerer:
             for prompt, answers in zip(prompts, answered, strict=True)
         ]
         path = _part(self._folder, item["number"])
-        path.parent.mkdir(parents=True, exist_ok=True)
+        mirror.make(path.parent)
         unfinished = path.with_name(f".partial-{path.name}")
         pq.write_table(pa.Table.from_pylist(rows, _ANSWERED), unfinished)
         unfinished.replace(path)
@@ -194,6 +194,7 @@ _ANSWERED = pa.schema([SCHEMA.field(name) for name in ("id", "prompt", "answers"
 
 def _answer_all(prompts: list[Prompt], folder: Path, stage: StageRun) -> None:
     """Have every part that isn't there yet written, by actors on the cluster."""
+    folder.mkdir(exist_ok=True)
     parts, there = list(enumerate(_parts(prompts))), set(mirror.names(folder))
     missing = [(number, part) for number, part in parts if _part(folder, number).name not in there]
     done = len(prompts) - sum(len(part) for _, part in missing)

@@ -256,7 +256,7 @@ def _changed(done: dict[str, Any], stage: Stage, recipe: Recipe, inputs: dict[st
 def _write_recipe(journey: Journey) -> None:
     text = yaml.safe_dump(journey.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     path = journey.run.path / "recipe.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    mirror.make(path.parent)
     path.write_text(text, encoding="utf-8")
     mirror.send(path)
     _write_lineage(journey.run)

@@ -125,7 +125,7 @@ class _ShardWriter:
     def _flush(self, vocab_size: int) -> None:
         name = f"{self.set_name}/shard-{self.part:05d}-{len(self.files):03d}.arrow"
         partial = (self.target / name).with_suffix(".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
+        mirror.make(partial.parent)
         write_shard(partial, self.ids, self.documents, vocab_size)
         self.files.append(
             {

@@ -419,8 +419,10 @@ def _stop_by_signal(folder: Path) -> Iterator[None]:
         if asked or claims.lost.is_set():
             raise KeyboardInterrupt
         asked.append(number)
-        # A signal's handler must not wait, and storage may let it.
-        threading.Thread(target=ask_to_stop, args=(folder,), daemon=True).start()
+        if mirror.key_of(folder):  # a signal's handler must not wait for storage
+            threading.Thread(target=ask_to_stop, args=(folder,), daemon=True).start()
+        else:
+            ask_to_stop(folder)
         console.print("stopping after this step, saving state (again to end at once)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

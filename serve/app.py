@@ -66,7 +66,9 @@ def build(
     variables = {"OMP_WAIT_POLICY": "PASSIVE", **mirror.same_everywhere()}
     options = {"num_cpus": cpus, "runtime_env": {"env_vars": variables}}
     deployment = Service.options(num_replicas=replicas, ray_actor_options=options)  # type: ignore[attr-defined]
-    return deployment.bind(str(Path(model_folder).absolute()), model_name, slots, max(1, int(cpus)))
+    # Where a link leads now: a replica that starts later is to load the same model.
+    folder = model_folder if mirror.key_of(model_folder) else Path(model_folder).resolve()
+    return deployment.bind(str(folder), model_name, slots, max(1, int(cpus)))
 
 
 class ApplicationArgs(BaseModel):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tests.nodes import kill_all
 
 CLOSED_S = 60.0
 
@@ -42,7 +46,8 @@ def fill(disk: Path) -> Path:
 
 
 def make_read_only(disk: Path) -> None:
-    """Refused by the kernel for as long as some process has a file there open for writing."""
+    """Refused by the kernel for as long as some process has a file there open for writing: whoever has is ended."""
+    kill_all([one for one in psutil.process_iter() if _has_open(one, disk)])
     deadline = time.monotonic() + CLOSED_S
     while True:
         try:
@@ -51,6 +56,12 @@ def make_read_only(disk: Path) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
+
+
+def _has_open(process: psutil.Process, disk: Path) -> bool:
+    with suppress(psutil.Error, OSError):
+        return any(os.readlink(name).startswith(f"{disk}/") for name in Path(f"/proc/{process.pid}/fd").iterdir())
+    return False
 
 
 def make_writable(disk: Path) -> None:

@@ -141,23 +141,23 @@ class Fault:
         saved, (inode, steps), struck = saved_step(stage), steps_taken(stage, nodes), time.time()
         if self.kill(nodes):
             self.struck, self.at, self.inode = struck, steps, inode
-            self.lost = 0 if self.kill in WAITED_FOR else steps - saved
+            self.lost = steps - saved
 
     def watch(self, run: Path, nodes: Cluster) -> None:
         """Note when the stage was further than the blow had found it."""
         stage = run / self.stage
         if not self.struck or self.recovered_s:
             return
-        if mirror.seen(stage / "done.json") or (self.at and self._is_further(stage, nodes)):
-            self.recovered_s = time.time() - self.struck
-
-    def _is_further(self, stage: Path, nodes: Cluster) -> bool:
-        """Steps that workers of a killed driver still took are no recovery: they are made again."""
         inode, steps = steps_taken(stage, nodes)
-        return steps > self.at and (inode != self.inode or self.kill in WAITED_FOR)
+        # Steps that workers of a killed driver still take are no recovery: they are made again.
+        further = self.at and steps > self.at and (inode != self.inode or self.kill in WAITED_FOR)
+        if further or mirror.seen(stage / "done.json"):
+            self.recovered_s = time.time() - self.struck
+            self.lost = self.lost if inode != self.inode else 0
 
     def row(self) -> str:
-        lost = f"{self.lost} of {self.at} steps" if self.stage in TRAINING else "the stage's work so far"
+        others = "nothing" if self.kill in WAITED_FOR else "the stage's work so far"
+        lost = f"{self.lost} of {self.at} steps" if self.stage in TRAINING else others
         return f"{self.stage:10} {self.kind:16} {lost:24} {self.recovered_s:6.0f} s"
 
 
@@ -173,8 +173,12 @@ def at_work(stage: Path, nodes: Cluster) -> bool:
 
 def saved_step(stage: Path) -> int:
     """The step of the newest checkpoint, 0 if there is none."""
-    manifests = [name for name in mirror.names(stage / "checkpoints") if name.endswith("/manifest.json")]
-    return max([0, *(int(name[5:13]) for name in manifests if name.startswith("step-"))])
+    folder = stage / "checkpoints"
+    if mirror.key_of(folder):
+        found = [name for name in mirror.names(folder) if name.endswith("/manifest.json")]
+    else:
+        found = [path.parent.name for path in folder.glob("step-*/manifest.json")]
+    return max([0, *(int(name[5:13]) for name in found if name.startswith("step-"))])
 
 
 def steps_taken(stage: Path, nodes: Cluster) -> tuple[int, int]:

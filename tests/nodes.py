@@ -154,7 +154,7 @@ class Cluster:
         return node
 
     def _with_disk(self) -> list[str]:
-        """Runs the words that follow where the cache is a new disk that no other node sees. It goes with the node."""
+        """Runs the words that follow where the cache is a folder that no other node sees there."""
         disk = self.folder / f"disk-{self.started}"
         for folder in (disk, self.cache):
             folder.mkdir(exist_ok=True)
@@ -289,7 +289,8 @@ def bridge() -> Iterator[Network]:
         yield made
     finally:
         for place in made.places:
-            _ip("netns", "del", place.namespace)
+            with suppress(subprocess.CalledProcessError):  # it was never made
+                _ip("netns", "del", place.namespace)
         _ip("link", "del", made.name)
 
 
@@ -322,7 +323,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def reachable(port: int) -> bool:
+def reachable(port: int, host: str = "127.0.0.1") -> bool:
     with socket.socket() as caller:
         caller.settimeout(1)
-        return caller.connect_ex(("127.0.0.1", port)) == 0
+        return caller.connect_ex((host, port)) == 0

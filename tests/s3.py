@@ -112,6 +112,8 @@ class Proxy:
 
     def close(self) -> None:
         self.open = False
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept
         self._listener.close()
 
     def _end_all(self) -> None:
@@ -186,6 +188,9 @@ class Storage:
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": "us-east-1",
+            # a caller's own must not win
+            "AWS_ENDPOINT_URL_S3": "",
+            "AWS_SESSION_TOKEN": "",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
@@ -221,3 +226,4 @@ def storage(folder: Path, host: str = "127.0.0.1") -> Iterator[Storage]:
         proxy.close()
         server.kill()
         assert not reachable(server.port)
+        assert not reachable(proxy.port, host)

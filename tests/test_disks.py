@@ -1,4 +1,4 @@
-"""Pretraining on a disk that fills up, or that becomes read-only, in the midst of it."""
+"""Pretraining on a disk that fills up in the midst of it, or has become read-only before it goes on."""
 
 from __future__ import annotations
 

@@ -95,8 +95,11 @@ def test_the_token(tmp_path, monkeypatch, variables, mode, state):
     assert doctor.local_findings()[1].state == state
 
 
-def test_object_storage_that_refuses_is_named_with_its_words(monkeypatch, tmp_path):
+def test_object_storage_that_does_not_answer_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HEADWATER_CACHE", str(tmp_path))
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("HEADWATER_STORAGE_WAIT_S", "0")
-    assert list(doctor.storage_problems(mirror.local("s3://bucket/runs"))) == ["be used"]
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    (said,) = doctor.storage_problems(mirror.local("s3://bucket/runs")).items()
+    assert (said[0], "http://127.0.0.1:9" in said[1], "NETWORK_CONNECTION" in said[1]) == ("be used", True, True)

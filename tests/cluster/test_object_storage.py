@@ -42,6 +42,7 @@ def bucket(server: Storage, tmp_path, monkeypatch):
     yield server
     server.proxy.open = True
     server.proxy.bytes_per_s = server.proxy.cut_after = server.proxy.slow_down = 0
+    server.proxy.cut = server.proxy.told = 0
 
 
 @pytest.fixture
@@ -181,6 +182,7 @@ def test_a_run_is_found_by_name_and_address(run):
 
 
 def test_a_stop_is_seen_on_another_machine(run, monkeypatch):
+    run.stage("sft").begin("key")
     ask_to_stop(run.stage("sft").path)
     another_machine()
     assert stop_is_asked(run.stage("sft").path)
@@ -217,6 +219,7 @@ def test_a_move_that_was_cut_off_is_no_stage_that_is_done(run, monkeypatch):
         stage.begin("b" * 64)
     monkeypatch.setattr(objects, "copy", copy)
     another_machine()
+    assert not mirror.exists(stage.path.parent / ".previous/sft-aaaaaaaaaaaa/done.json")
     stage.begin("a" * 64)
     assert stage.done() == {"key": "a"}
     stage.begin("b" * 64)
@@ -373,10 +376,11 @@ def test_a_run_is_held_by_one_command_at_a_time(run, monkeypatch):
 def test_the_claim_of_a_killed_command_is_taken_over_at_once_on_its_machine(run):
     words = "import sys, time; from pathlib import Path; from cluster import claims\n"
     words += "with claims.claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", words, run.path], cwd=CHECKOUT, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
-    process.kill()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", words, run.path], cwd=CHECKOUT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"held\n"
+        finally:
+            process.kill()
     begun = time.monotonic()
     with claims.claimed(run.path):
         assert time.monotonic() - begun < 5
@@ -413,10 +417,14 @@ def test_a_bucket_that_is_not_there_is_refused_at_once(bucket):
 
 def test_a_server_that_comes_back_is_waited_for(run, bucket):
     bucket.proxy.open = False
-    threading.Timer(3.0, lambda: setattr(bucket.proxy, "open", True)).start()
-    begun = time.monotonic()
-    objects.put(f"{mirror.key_of(run.path)}/x", b"there")
-    assert time.monotonic() - begun > 2.5
+    again = threading.Timer(3.0, lambda: setattr(bucket.proxy, "open", True))
+    again.start()
+    try:
+        begun = time.monotonic()
+        objects.put(f"{mirror.key_of(run.path)}/x", b"there")
+        assert time.monotonic() - begun > 2.5
+    finally:
+        again.join()
     assert objects.get(f"{mirror.key_of(run.path)}/x") == b"there"
 
 
@@ -427,8 +435,10 @@ def test_a_server_that_is_killed_and_started_again_is_waited_for(run, bucket, mo
     bucket.server.kill()
     again = threading.Timer(3.0, bucket.server.start)
     again.start()
-    assert (mirror.here(run.stage("sft").path / "model") / "inside/weights").read_text() == "first"
-    again.join()
+    try:
+        assert (mirror.here(run.stage("sft").path / "model") / "inside/weights").read_text() == "first"
+    finally:
+        again.join()
 
 
 @pytest.mark.parametrize(

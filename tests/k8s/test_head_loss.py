@@ -13,18 +13,19 @@ from cluster.manifests import cluster_of
 from tests.commands import wait_until
 from tests.k8s.manifests_of import documents_of, kinds
 from tests.models import save_tiny_model
-from tests.nodes import Cluster, bridge, cluster, redis_server, title
+from tests.nodes import Cluster, bridge, cluster, free_port, redis_server, title
 
 pytestmark = pytest.mark.slow
 
 
-def configuration(model_folder: str) -> dict[str, Any]:
-    """What KubeRay would hand to Ray Serve of the rendered service, with one model folder for another."""
+def configuration(model_folder: str, port: int) -> dict[str, Any]:
+    """What KubeRay would hand to Ray Serve of the rendered service, with one model folder and port for others."""
     (service,) = kinds(documents_of("tiny in object storage"), "RayService")
     assert cluster_of(service)["gcsFaultToleranceOptions"]["redisAddress"]
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     (application,) = config["applications"]
     application["args"] |= {"model_folder": model_folder, "cpus": 0.5}
+    config["http_options"]["port"] = port
     application["deployments"][0]["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
     return config
 
@@ -53,11 +54,11 @@ def replicas(nodes: Cluster) -> set[psutil.Process]:
 
 @pytest.mark.timeout(600)
 def test_a_service_answers_while_its_head_is_replaced(tmp_path):
-    model = save_tiny_model(tmp_path / "model")
+    model, port = save_tiny_model(tmp_path / "model"), free_port()
     with redis_server(tmp_path) as redis, bridge() as network, cluster(1, 1, network, redis=redis) as nodes:
         url = f"{nodes.address}/api/serve/applications/"
-        httpx.put(url, json=configuration(str(model)), headers=nodes.headers, timeout=60).raise_for_status()
-        address = f"http://{network.places[0].ip}:8000"
+        httpx.put(url, json=configuration(str(model), port), headers=nodes.headers, timeout=60).raise_for_status()
+        address = f"http://{network.places[0].ip}:{port}"
         wait_until(lambda: statuses(nodes) == ["RUNNING"] and answers(address), "the service", 120)
         before = replicas(nodes)
         assert len(before) == 1

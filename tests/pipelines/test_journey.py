@@ -141,7 +141,7 @@ def test_a_killed_worker_costs_nothing(micro, before_pretrain):
     assert same_model(micro, before_pretrain)
 
 
-@pytest.mark.soak  # as the journey on several nodes has it for every `make test`
+@pytest.mark.soak  # the journey on several nodes does the like
 def test_a_killed_driver_costs_nothing(micro, before_pretrain):
     with started("pretrain", "micro", "--runs", str(before_pretrain.parent)) as process:
         wait_until(lambda: len(losses(before_pretrain)) >= 20, "20 steps")
@@ -235,7 +235,7 @@ def test_the_policy_earns_more_of_both_rewards_than_the_chat_model(micro):
         assert models["policy"][score]["mean"] > models["chat"][score]["mean"], score
 
 
-@pytest.mark.soak  # as the journey on several nodes has it for every `make test`
+@pytest.mark.soak  # the journey on several nodes does the like
 def test_a_killed_worker_costs_sft_nothing(micro, before):
     copy = before("sft")
     with started("sft", "micro", "--runs", str(copy.parent)) as process:
@@ -247,7 +247,7 @@ def test_a_killed_worker_costs_sft_nothing(micro, before):
     assert same_model(micro, copy, "sft")
 
 
-@pytest.mark.soak  # as the journey on several nodes has it for every `make test`
+@pytest.mark.soak  # the journey on several nodes does the like
 def test_a_killed_driver_costs_rlhf_nothing(micro, before):
     copy = before("rlhf")
     with started("rlhf", "micro", "--runs", str(copy.parent)) as process:
