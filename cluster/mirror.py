@@ -23,7 +23,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,11 @@ def local(url: str) -> Path:
 
 def key_of(path: Path) -> str | None:
     """BUCKET/NAME of the object that `path` stands for; None for a path that stands for itself."""
-    with suppress(ValueError):
-        return path.relative_to(cache()).as_posix()
-    return None
+    if not path.is_relative_to(cache()):
+        return None
+    if ".." in path.parts:  # whoever may write to the bucket may not write to this machine
+        raise StageFailed(Problem(f"'{path}' leads out of its folder", "see who else writes to the bucket"))
+    return path.relative_to(cache()).as_posix()
 
 
 def shown(path: Path) -> str:
@@ -210,10 +212,10 @@ def _publish_objects(folder: Path, path: Path) -> None:
 
 def gather(folder: Path) -> set[str]:
     """Fetch what tasks on other machines have sent to a new folder; the names of all that was sent."""
-    if (key := key_of(folder)) is None:
+    if key_of(folder) is None:
         return set()
     sent = set(names(folder))
-    objects.for_all(lambda name: objects.download(f"{key}/{name}", folder / name), sent - set(_here(folder)))
+    objects.for_all(lambda name: _download(folder / name), sent - set(_here(folder)))
     return sent
 
 
@@ -298,12 +300,19 @@ def _within(name: str, inside: str) -> bool:
 
 
 def _fetch_checked(file: Path, facts: list[Any]) -> None:
-    objects.download(str(key_of(file)), file)
+    _download(file)
     if _facts(file) != facts:
         file.unlink()
         raise StageFailed(
             Problem(f"{shown(file)} is not what was written there", "the stage that wrote it has to run again")
         )
+
+
+def _download(file: Path) -> None:
+    """What storage says is in a folder; a name that is a path of its own stands for no object."""
+    if (key := key_of(file)) is None:
+        raise StageFailed(Problem(f"'{file}' leads out of its folder", "see who else writes to the bucket"))
+    objects.download(key, file)
 
 
 def _has_size(file: Path, size: int) -> bool:

@@ -38,6 +38,7 @@ class Tracker:
             config=config,
             settings=wandb.Settings(silent=True, x_disable_stats=True, init_timeout=30, console="off"),
         )
+        self._files = Path(self._wandb.dir).parent
         self._wandb.define_metric("step")
         self._wandb.define_metric("*", step_metric="step")
 
@@ -51,9 +52,8 @@ class Tracker:
         if self._wandb is not None:
             self._try(self._wandb.summary.update, summary)
         if self._wandb is not None:
-            files = Path(self._wandb.dir).parent
             self._try(self._wandb.finish, exit_code)
-            self._try(mirror.send, files)
+            self._try(mirror.send, self._files)
         self._wandb = None
 
     def _try(self, call: Any, *args: Any) -> None:

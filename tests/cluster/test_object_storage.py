@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -134,6 +135,20 @@ def test_a_file_that_was_altered_is_named(run):
     another_machine()
     with pytest.raises(StageFailed, match="weights is not what was written there"):
         mirror.here(run.stage("sft").path / "model")
+
+
+@pytest.mark.parametrize("outside", ["../../../../../../outside", "{machine}/outside"])
+def test_a_name_that_leads_out_of_its_folder_is_refused(run, tmp_path, outside):
+    """Whoever may write to the bucket could otherwise write anywhere on every machine."""
+    fill(run, "first")
+    key = f"{mirror.key_of(run.stage('sft').path)}/model.json"
+    pointer = json.loads(objects.get(key))
+    pointer["files"] = {outside.format(machine=tmp_path): [1, "0" * 64]}
+    objects.put(key, json.dumps(pointer).encode())
+    another_machine()
+    with pytest.raises(StageFailed, match="leads out of its folder"):
+        mirror.here(run.stage("sft").path / "model")
+    assert not list(tmp_path.rglob("outside"))
 
 
 def test_what_a_killed_command_left_is_swept(run, bucket):
