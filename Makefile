@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check lint format
+.PHONY: demo test soak check lint format bench-data
 
 demo: $(STAMP)  ## raw text to a served base model, on this machine
 	$(BIN)/headwater run tiny
@@ -27,6 +27,9 @@ lint: $(STAMP)  ## format, lint, types
 format: $(STAMP)  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-data: $(STAMP)  ## data preparation against its peers, about an hour; runs/bench/data.json
+	$(BIN)/python -m tests.bench.data
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

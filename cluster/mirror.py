@@ -35,7 +35,7 @@ CACHE_VARIABLE = "HEADWATER_CACHE"
 SCHEME = "s3://"
 DEEPEST = 3  # levels between a path inside a folder and that folder
 
-_OWN_NAME = re.compile(r"(?P<name>[a-z_]+)\.[0-9a-f]{8}")
+_OWN_NAME = re.compile(r"(?P<name>[a-z_]+)\.(?P<tag>[0-9a-f]{8})")
 # What this process has seen. A folder changes only between stages, which begin with `forget`.
 _current: dict[Path, dict[str, Any]] = {}  # published folders and their pointers
 _whole: set[Path] = set()  # what `here` has fetched
@@ -155,6 +155,13 @@ def names(folder: Path) -> list[str]:
     return [one.path[len(key) + 1 :] for one in objects.listing(key)]
 
 
+def found(folder: Path) -> list[tuple[Path, int, int]]:
+    """The objects below `folder`, or the one at it: place, bytes, time of change in nanoseconds."""
+    key = str(key_of(folder))
+    listed = objects.listing(key) or objects.described(key)
+    return [(cache() / one.path, one.size, one.mtime_ns) for one in listed]
+
+
 def move(source: Path, target: Path) -> None:
     """Move all objects below `source`. Its markers come last and go first: without them the others are nothing."""
     if (key := key_of(source)) is None or (new := key_of(target)) is None:
@@ -182,11 +189,21 @@ def new_folder(path: Path) -> Path:
     return folder
 
 
-def publish(folder: Path, path: Path) -> None:
-    """Make what `new_folder` gave the content of `path`, all at once; what was there before goes."""
+def kept_folder(path: Path, tag: str) -> Path:
+    """Like `new_folder`, but the same one, with what is in it, for the same `tag` (8 hex digits)."""
+    folder = path.with_name(f".kept-{path.name}" if key_of(path) is None else f"{path.name}.{tag}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def publish(folder: Path, path: Path, facts: dict[str, list[Any]] | None = None) -> None:
+    """Make what `new_folder` gave the content of `path`, all at once; what was there before goes.
+
+    `facts`: bytes and SHA-256 of the files that tasks have sent, which needn't be fetched here to be hashed then.
+    """
     _drop_unfinished(folder)
     if key_of(path) is not None:
-        return _publish_objects(folder, path)
+        return _publish_objects(folder, path, facts or {})
     if path.exists():
         shutil.rmtree(path)
     folder.rename(path)
@@ -198,24 +215,24 @@ def _drop_unfinished(folder: Path) -> None:
         path.unlink(missing_ok=True)  # it may just have been finished
 
 
-def _publish_objects(folder: Path, path: Path) -> None:
+def _publish_objects(folder: Path, path: Path, facts: dict[str, list[Any]]) -> None:
     key, before = str(key_of(folder)), _pointer(path)
-    sent = gather(folder)
-    files = {name: _facts(folder / name) for name in _here(folder)}
+    sent = gather(folder, set(facts))
+    files = {name: facts.get(name) or _facts(folder / name) for name in {*_here(folder), *facts}}
     objects.for_all(lambda name: objects.upload(folder / name, f"{key}/{name}"), set(files) - sent)
     objects.put(f"{key_of(path)}.json", json.dumps({"folder": folder.name, "files": files}).encode())
     forget()
     _link(path, folder.name)
-    if before:
+    if before and before["folder"] != folder.name:
         discard(path.with_name(before["folder"]))
 
 
-def gather(folder: Path) -> set[str]:
-    """Fetch what tasks on other machines have sent to a new folder; the names of all that was sent."""
+def gather(folder: Path, known: set[str] | frozenset[str] = frozenset()) -> set[str]:
+    """Fetch what tasks on other machines have sent to a new folder, but what is `known`; the names of all of it."""
     if key_of(folder) is None:
         return set()
     sent = set(names(folder))
-    objects.for_all(lambda name: _download(folder / name), sent - set(_here(folder)))
+    objects.for_all(lambda name: _download(folder / name), sent - known - set(_here(folder)))
     return sent
 
 
@@ -238,13 +255,13 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(parent: Path) -> None:
-    """Take away the folders in `parent` that killed commands began and didn't publish."""
+def sweep(parent: Path, tag: str) -> None:
+    """Take away the folders in `parent` that killed commands began and didn't publish, but those kept for `tag`."""
     if key_of(parent) is None:
         return
     for name in children(parent):
         match = _OWN_NAME.fullmatch(name)
-        if match and (_pointer(parent / match["name"]) or {}).get("folder") != name:
+        if match and match["tag"] != tag and (_pointer(parent / match["name"]) or {}).get("folder") != name:
             discard(parent / name)
 
 
@@ -271,6 +288,13 @@ def here(path: Path) -> Path:
 def files(path: Path) -> list[str]:
     """Names of the files in a published folder, in order."""
     return names(path) if key_of(path) is None else sorted(_published(path)[1]["files"])
+
+
+def hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of the published folder at `path`, by name; in object storage as its pointer has them."""
+    if key_of(path) is None:
+        return {name: hash_file(path / name) for name in names(path)}
+    return {name: facts[1] for name, facts in sorted(_published(path)[1]["files"].items())}
 
 
 def forget() -> None:

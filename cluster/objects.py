@@ -179,6 +179,14 @@ def listing(prefix: str) -> list[FileInfo]:
     return sorted((one for one in found if one.type == FileType.File), key=lambda one: one.path)
 
 
+def described(key: str) -> list[FileInfo]:
+    """The object itself, if there is one."""
+    from pyarrow.fs import FileType
+
+    found = patiently(f"look at {key}", lambda: _system().get_file_info(key))
+    return [found] if found.type == FileType.File else []
+
+
 def delete(*keys: str) -> None:
     """Take the objects away; one that isn't there is no error."""
 

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from typing import IO, Any
 from cluster import claims, mirror, objects
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
 from llm import files
-from llm.files import hash_file
 
 SCHEMA_VERSION = 1
 LOCK_TRIES = 5
@@ -66,15 +66,23 @@ class StageFolder:
             self._put_aside((state or {}).get("key", "unknown"))
         self._take_back(key)
         self.logs.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "state.json", {"key": key})
+        begun = {"key": key, "tag": uuid.uuid4().hex[:8], **(read_json(self.path / "state.json") or {})}
+        write_json(self.path / "state.json", begun)
         remove(self.stop_request)
         for partial in self.path.glob(".partial-*"):
             remove(partial)
-        mirror.sweep(self.path)
+        mirror.sweep(self.path, begun["tag"])
 
     def forget_done(self) -> None:
-        """Take the done-marker away: the stage has to run again."""
+        """Take the done-marker away, and what was kept to go on with: the stage has to run again."""
         remove(self.path / "done.json")
+        remove(self.work)
+        write_json(self.path / "state.json", {**read_json(self.path / "state.json"), "tag": uuid.uuid4().hex[:8]})
+
+    @property
+    def work(self) -> Path:
+        """What the stage's steps leave to one another, and to the same command after a kill; gone when it is done."""
+        return self.path / "work"
 
     def has(self, name: str) -> bool:
         """Whether the artefact is there, whole."""
@@ -95,9 +103,21 @@ class StageFolder:
                 mirror.discard(partial)
             raise
 
+    def kept_folder(self, name: str) -> Path:
+        """A folder to fill, part by part and over several attempts, until `publish` makes it STAGE/`name`."""
+        return mirror.kept_folder(self.path / name, read_json(self.path / "state.json")["tag"])
+
+    def publish(self, name: str, facts: dict[str, list[Any]]) -> None:
+        """Make the kept folder of that name STAGE/`name`. `facts`: bytes and SHA-256 of each file in it."""
+        folder = self.kept_folder(name)
+        if mirror.key_of(folder) is None and (absent := [file for file in facts if not (folder / file).is_file()]):
+            raise StageFailed(Problem(f"{folder / absent[0]} is gone", f"remove {self.path} and run the stage again"))
+        mirror.publish(folder, self.path / name, facts)
+
     def finish(self, done: dict[str, Any]) -> None:
         """Write the done-marker, last of all."""
         write_json(self.path / "done.json", done)
+        remove(self.work)
 
     def _put_aside(self, key: str) -> None:
         aside = self._previous(key)
@@ -245,7 +265,7 @@ def canonical_hash(value: Any) -> str:
 
 def hash_folder(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder`, by relative name."""
-    return {name: hash_file(mirror.here(folder) / name) for name in mirror.files(folder)}
+    return mirror.hashes(folder)
 
 
 def read_json(path: Path) -> Any:

@@ -47,6 +47,20 @@ class Tracker:
         if self._wandb is not None:
             self._try(self._wandb.log, record)
 
+    def tables(self, tables: dict[str, list[dict[str, Any]]]) -> None:
+        """Log tables of rows that have the same columns."""
+        for name, rows in tables.items():
+            if self._wandb is not None and rows:
+                self._try(self._log_table, name, rows)
+
+    def _log_table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        import wandb
+
+        columns = list(rows[0])
+        self._wandb.log(
+            {name: wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])}
+        )
+
     def finish(self, summary: dict[str, Any], exit_code: int = 0) -> None:
         """Write the final figures and close the run."""
         if self._wandb is not None:

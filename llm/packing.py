@@ -65,6 +65,20 @@ def pack(lengths: np.ndarray, row_tokens: int) -> PackingIndex:
     return PackingIndex(cuts // row_tokens, document, cuts - starts[document], length, length - 1, row_tokens)
 
 
+def joined(parts: list[PackingIndex], documents: list[int]) -> PackingIndex:
+    """The rows of several indices one after another; part i is over `documents[i]` documents, that follow likewise."""
+    rows = np.cumsum([0, *(part.num_rows for part in parts)])
+    firsts = np.cumsum([0, *documents])
+    columns = {
+        "row": [part.row + row for part, row in zip(parts, rows, strict=False)],
+        "document": [part.document + first for part, first in zip(parts, firsts, strict=False)],
+        **{name: [getattr(part, name) for part in parts] for name in ("start", "length", "loss_tokens")},
+    }
+    return PackingIndex(
+        **{name: np.concatenate(values) for name, values in columns.items()}, row_tokens=parts[0].row_tokens
+    )
+
+
 def pack_groups(lengths: np.ndarray, group: np.ndarray, loss_tokens: np.ndarray, row_tokens: int) -> PackingIndex:
     """One row a group: documents of the same number in `group` (0, 1, ..., ascending) stand in it one after another.
 

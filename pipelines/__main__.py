@@ -180,6 +180,17 @@ def look_tokens(chosen: argparse.Namespace) -> None:
     look(tokenizer_folder(chosen.run, runs_root(chosen.runs)), chosen.text, chosen.json)
 
 
+def look_filters(chosen: argparse.Namespace) -> None:
+    """Show what `ingest` dropped, and why."""
+    from pipelines import filters
+
+    run = find_run(chosen.run, runs_root(chosen.runs))
+    ingest = run.stage("ingest")
+    if (done := ingest.done()) is None:
+        raise BadInput(Problem(f"ingest has not finished in {run.path}", "run it first: headwater ingest RECIPE"))
+    filters.show(filters.of_run(ingest.path, done["metrics"]), done["metrics"], chosen.json)
+
+
 def serve(chosen: argparse.Namespace) -> None:
     """Deploy a model on Ray Serve until stopped."""
     from cluster.local import ray_session
@@ -521,6 +532,8 @@ def _add_look(verbs: Any) -> None:
     tokens = _verb(things, "tokens", look_tokens, "how a text splits into tokens, with their ids")
     tokens.add_argument("run", metavar="RUN|MODEL", help=MODEL_HELP)
     tokens.add_argument("text", help="the text to split")
+    filtered = _verb(things, "filters", look_filters, "what was dropped by which rule, with the measured values")
+    filtered.add_argument("run", metavar="RUN", help="a run's name or folder")
 
 
 def _add_k8s(verbs: Any) -> None:

@@ -29,10 +29,10 @@ from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
 from cluster.runs import canonical_hash
 from llm.chat import check_messages
-from pipelines import collect
 from pipelines.alignment import ConversationSource
+from pipelines.corpus import collect
 from pipelines.documents import is_held_out
-from pipelines.schema import Source
+from pipelines.schema import SftSettings, Source
 
 Message = dict[str, str]  # role and content
 Task = dict[str, str]  # answer: a number, by which a reply can be checked
@@ -140,6 +140,14 @@ def load(path: Path) -> Iterator[Conversation]:
             for row in batch.to_pylist():
                 task = json.loads(row["task"]) if row["task"] else None
                 yield Conversation(row["id"], json.loads(row["messages"]), row["source"], row["licence"], task)
+
+
+def held_out_texts(settings: SftSettings) -> Iterator[str]:
+    """What is said in the conversations that `write` will hold out of the sources of `settings`, each as one text."""
+    for source in settings.sources:
+        for item in read(source):
+            if isinstance(item, Conversation) and is_held_out(item.id, settings.held_out):
+                yield "\n".join(message["content"] for message in item.messages)
 
 
 def first_prompt(messages: list[Message]) -> list[Message]:

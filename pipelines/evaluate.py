@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cluster import mirror
 from cluster.errors import BadInput, Problem
 from cluster.progress import console, progress
@@ -178,15 +176,16 @@ def _same_tokenizer(model: Path, manifest: dict[str, Any]) -> None:
 
 
 def bits_per_byte(engine: Engine, held_out: Path, pad_id: int, rows: int) -> float:
-    """What the model's predictions of the first `rows` held-out rows cost, in bits a byte of their text."""
+    """What the model's predictions of `rows` held-out rows, spread evenly, cost in bits a byte of their text."""
     import torch
 
     from llm.losses import next_token_nats
+    from llm.order import spread
     from llm.packing import IGNORED, RowReader
 
     reader, nats, size = RowReader(held_out, pad_id), 0.0, 0
     lengths = token_bytes(engine.tokenizer)
-    ids = np.arange(min(rows, reader.index.num_rows))
+    ids = spread(rows, reader.index.num_rows)
     for start in range(0, len(ids), ROWS_AT_ONCE):
         columns = reader.read(ids[start : start + ROWS_AT_ONCE])
         batch = {name: torch.from_numpy(values).long().to(engine.model.device) for name, values in columns.items()}

@@ -1,43 +1,49 @@
 """`ingest`: raw sources to documents.
 
 reads   the recipe's sources
-writes  documents/part-NNNNN.parquet   one row per document (`pipelines.readers.Document`)
-        dropped/part-NNNNN.parquet     one row per document that wasn't taken, with the reason
+writes  documents/part-NNNNN.parquet   one row per document (`pipelines.corpus.records.Document`)
+        dropped/part-NNNNN.parquet     one row per document that isn't taken, with the rule and the measured value
         crawl/NAME.warc.gz             what was fetched, read like any other file and not fetched twice
 
 Files are read in groups, one task and one part a group. How files fall into groups depends on them alone, so the
-parts are the same, byte for byte, on any cluster. No document passes through the driver.
+parts are the same, byte for byte, on any cluster. No document passes through the driver or the object store. Steps:
+
+    evaluated   runs of words of what the run will be evaluated on     (`pipelines.corpus.contamination`)
+    read        a group's documents, cleaned, with the keys by which duplicates meet
+    edges, star-N, losers      which documents say the same            (`pipelines.corpus.duplicates`)
+    passages, repeats          which passages stand in several         (`pipelines.corpus.passages`)
+    write       the documents that are left, and those that are not
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import uuid
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
-import ray.data.exceptions
-import ray.exceptions
 
 from cluster import mirror
-from cluster.errors import BadInput, Problem, StageFailed, Stopped
-from cluster.progress import progress
-from cluster.runs import stop_is_asked
-from pipelines.collect import SourceFile, crawl_pydoc, fingerprint, is_crawled, pages_wanted, resolve
-from pipelines.readers import Bounds, Document, Dropped, Origin, read_file
+from cluster.errors import BadInput, Problem, StageFailed
+from cluster.progress import console, progress
+from pipelines import conversations, filters
+from pipelines.corpus import contamination, duplicates, passages
+from pipelines.corpus.cleaning import Cleaner
+from pipelines.corpus.collect import SourceFile, crawl_pydoc, fingerprint, is_crawled, pages_wanted, resolve
+from pipelines.corpus.minhash import Keys, keys_of
+from pipelines.corpus.readers import DAMAGE, is_of_repository, kind_of, read_file
+from pipelines.corpus.records import Document, Dropped, Page, Refusal
+from pipelines.corpus.repositories import Repository, by_repository, read_repository
+from pipelines.corpus.tables import index_of
+from pipelines.partitions import Step, Summary, Work, disk_problem, facts, writing
 from pipelines.recipe import Recipe
-from pipelines.schema import Source
+from pipelines.schema import DeduplicateSettings, IngestSettings, Source
 from pipelines.stage import Demand, Outcome, Stage, StageRun
 
 # A group holds a 64th of all bytes, so that many CPUs share a small corpus, within these bounds.
@@ -46,32 +52,38 @@ SMALLEST_GROUP_BYTES = 1 << 20
 LARGEST_GROUP_BYTES = 128 << 20
 MOST_FILES_IN_GROUP = 4096
 # A task holds at most this much text before it writes it.
-ROW_GROUP_CHARACTERS = 16 << 20
+ROW_GROUP_CHARACTERS = 8 << 20
+ROWS_AT_ONCE = 1024
 # Of a crawled page, its text and its share of the WARC file, for the estimate of disk space.
 CRAWLED_PAGE_BYTES = 40_000
-UNFINISHED = ".partial-"
 
 
 class Group(NamedTuple):
-    """Files that one task reads into one part."""
+    """What one task reads into one part: files, one by one or by repository. `code`: which of the two."""
 
     source: Source
-    files: list[SourceFile]
+    code: bool
+    units: list[Repository]
 
     @property
     def size(self) -> int:
-        return sum(file.size for file in self.files)
+        return sum(file.size for unit in self.units for file in unit.files)
 
 
 def run(stage: StageRun) -> Outcome:
-    """Crawl what must be crawled, read everything, and write the documents."""
-    with _disk_errors(stage.folder.path), ExitStack() as artefacts:
-        found = {source: _collect(source, stage) for source in stage.recipe.ingest.chosen()}
-        targets = [artefacts.enter_context(stage.folder.artefact(name)) for name in STAGE.artefacts]
-        summaries = list(_read_all(_groups(found), stage, targets))
-        _refuse_nothing(summaries)
-        _remove_unfinished(targets)
-    return _outcome(found, summaries)
+    """Crawl what must be crawled, read everything, tell what is double, and write the documents."""
+    settings = stage.recipe.ingest
+    work = Work(stage.folder, settings.cpus_per_task)
+    with _disk_errors(stage.folder.path):
+        found = [(source, _collect(source, stage)) for source in settings.chosen()]
+        parts = _read_all(work, stage.recipe, _groups(found))
+        losers = _find_duplicates(work, settings.deduplicate, parts)
+        repeats = _find_passages(work, settings.deduplicate, parts, losers)
+        written = _write_all(work, settings, stage, parts, losers, repeats)
+        _refuse_nothing(written)
+        for artefact in STAGE.artefacts:
+            stage.folder.publish(artefact, {part[artefact]["name"]: part[artefact]["facts"] for part in written})
+    return _told(stage, _metrics(found, parts, written))
 
 
 # Collecting and grouping
@@ -92,205 +104,408 @@ def _collect(source: Source, stage: StageRun) -> list[SourceFile]:
     return [SourceFile(warc, f"crawl:{warc.name}", warc.stat().st_size)]
 
 
-def _groups(found: dict[Source, list[SourceFile]]) -> list[Group]:
+def _groups(found: list[tuple[Source, list[SourceFile]]]) -> list[Group]:
     """Files in order, in groups of bounded size. A file larger than the bound is a group of its own.
 
     The bound leaves crawls out of account: the dates in a WARC file change its size by a few bytes.
     """
-    size = sum(file.size for source, files in found.items() if not is_crawled(source) for file in files)
+    size = sum(file.size for source, files in found if not is_crawled(source) for file in files)
     bound = min(max(size // GROUPS_AIMED_AT, SMALLEST_GROUP_BYTES), LARGEST_GROUP_BYTES)
     groups: list[Group] = []
-    for source, files in found.items():
-        filled: float = math.inf  # no group goes over from one source to the next
-        for file in files:
-            if filled + file.size > bound or len(groups[-1].files) == MOST_FILES_IN_GROUP:
-                groups.append(Group(source, []))
-                filled = 0
-            groups[-1].files.append(file)
-            filled += file.size
+    for source, files in found:
+        code = [file for file in files if is_of_repository(file.url, source.kind)]
+        alone = [Repository(file.url, (), (file,)) for file in files if not is_of_repository(file.url, source.kind)]
+        groups += _grouped(source, False, alone, bound) + _grouped(source, True, by_repository(code), bound)
     return groups
 
 
-# Reading, on the cluster
+def _grouped(source: Source, code: bool, units: list[Repository], bound: int) -> list[Group]:
+    groups: list[Group] = []
+    filled: float = math.inf
+    for unit in units:
+        size = sum(file.size for file in unit.files)
+        if filled + size > bound or len(groups[-1].units) == MOST_FILES_IN_GROUP:
+            groups.append(Group(source, code, []))
+            filled = 0
+        groups[-1].units.append(unit)
+        filled += size
+    return groups
+
+
+# Reading
+
+
+def _read_all(work: Work, recipe: Recipe, groups: list[Group]) -> list[Summary]:
+    """Have every group read into a part; a summary each."""
+    settings = recipe.ingest
+    if settings.decontaminate:
+        work.each("evaluated", [{}], partial(_evaluated, recipe=recipe))
+    priority = {source.name: place for place, source in enumerate(settings.chosen())}
+    items = [
+        {
+            "source": group.source.model_dump(mode="json"),
+            "priority": priority[group.source.name],
+            "code": group.code,
+            "units": [_plain(unit) for unit in group.units],
+            "size": group.size,
+        }
+        for group in groups
+    ]
+    return work.each("read", items, partial(_read, settings=settings, evaluated=work.step("evaluated")), "bytes")
+
+
+def _plain(unit: Repository) -> list[Any]:
+    """A unit as JSON values, which `_unit` reads."""
+    return [
+        unit.url,
+        [str(path) for path in unit.folders],
+        [[str(file.path), file.url, file.size, file.changed] for file in unit.files],
+    ]
+
+
+def _unit(plain: list[Any]) -> Repository:
+    url, folders, files = plain
+    return Repository(url, tuple(map(Path, folders)), tuple(SourceFile(Path(path), *rest) for path, *rest in files))
+
+
+def _evaluated(number: int, item: dict[str, Any], step: Step, recipe: Recipe) -> Summary:
+    """The runs of words of the held-out conversations, which every model of the run is measured on."""
+    runs = contamination.runs_of(conversations.held_out_texts(recipe.sft), recipe.ingest.decontaminate_words)
+    contamination.write_runs(runs, step.file(number, "arrow"))
+    return {"runs": sum(map(len, runs.values()))}
+
+
+def _read(number: int, item: dict[str, Any], step: Step, settings: IngestSettings, evaluated: Step) -> Summary:
+    """Read a group's files; leave its documents, its drops, and the keys of its documents."""
+    cleaner = Cleaner(Source.model_validate(item["source"]), settings)
+    runs = contamination.read_runs(evaluated.file(0, "arrow")) if settings.decontaminate else {}
+    part = _Part(settings.deduplicate)
+    with ExitStack() as files:
+        documents = files.enter_context(_table(step.file(number, "documents.parquet"), Document))
+        dropped = files.enter_context(_table(step.file(number, "dropped.parquet"), Dropped))
+        for rows in _batches(_rows(item, cleaner)):
+            kept = [row for row in rows if isinstance(row, Document)]
+            shared = contamination.shared([row.text for row in kept], runs)
+            clean = [row for row, runs_shared in zip(kept, shared, strict=True) if not runs_shared]
+            documents.add(clean)
+            dropped.add([row for row in rows if isinstance(row, Dropped)])
+            dropped.add([cleaner.contaminated(row, n) for row, n in zip(kept, shared, strict=True) if n])
+            part.add(clean)
+    keys = part.write(step, number, item["priority"])
+    return {"source": cleaner.source.name, "bytes_read": item["size"], "keys": keys, "masked": cleaner.masked}
+
+
+def _rows(item: dict[str, Any], cleaner: Cleaner) -> Iterator[Document | Dropped]:
+    """What the group's files hold, in order. BadInput at the first thing that can't be read, if that is asked for."""
+    source = cleaner.source
+    for unit in map(_unit, item["units"]):
+        kind = "code" if item["code"] else kind_of(unit.url) if source.kind == "auto" else source.kind
+        for found in _read_unit(unit, item["code"], source):
+            if not isinstance(found, Refusal):
+                yield from cleaner.documents(found)
+                continue
+            if cleaner.settings.on_error == "fail" and found.reason in DAMAGE:
+                what = f"source '{source.name}': {found.url or unit.url}: {found.reason} ({found.detail})"
+                raise BadInput(Problem(what, "mend or remove it, or leave such input out with ingest.on_error=skip"))
+            yield cleaner.refused(found, unit.url, kind)
+
+
+def _read_unit(unit: Repository, code: bool, source: Source) -> Iterator[Page | Refusal]:
+    """The pages of a repository, or of a file; fetched first, with the index that a dictionary has beside it."""
+    for file in unit.files:
+        if file.path.name.endswith((".dict", ".dict.dz")) and mirror.exists(index_of(file.path)):
+            mirror.fetch(index_of(file.path))
+        mirror.fetch(file.path)
+    if code:
+        return read_repository(unit, source)
+    return read_file(unit.files[0].path, unit.files[0].url, source)
+
+
+def _batches(rows: Iterable[Document | Dropped]) -> Iterator[list[Document | Dropped]]:
+    """Rows in lists of bounded size."""
+    batch: list[Document | Dropped] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.text)
+        if size >= ROW_GROUP_CHARACTERS or len(batch) == ROWS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 @dataclass
-class Summary:
-    """What came of one group: documents and bytes of UTF-8 text by kind, drops by reason."""
+class _Part:
+    """What later steps have to know of a part's documents."""
 
-    source: str
-    bytes_read: int
-    documents: Counter[str] = field(default_factory=Counter)
-    text_bytes: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
+    settings: DeduplicateSettings
+    ids: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    keys: list[Keys] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, said: str) -> Summary:
-        values = json.loads(said)
-        return cls(values["source"], values["bytes_read"], *map(Counter, values["counts"]))
+    def add(self, documents: list[Document]) -> None:
+        bands = self.settings.bands if self.settings.near else 0
+        keys = keys_of([row.text for row in documents], self.settings.ngram, bands, self.settings.rows)
+        self.keys.append(keys if self.settings.exact else keys._replace(exact=keys.exact * 0))
+        self.ids += [row.id for row in documents]
+        self.lengths += [len(row.text) for row in documents]
 
-    def say(self) -> str:
-        counts = [self.documents, self.text_bytes, self.dropped]
-        return json.dumps({"source": self.source, "bytes_read": self.bytes_read, "counts": counts})
-
-    def count(self, row: Document | Dropped) -> None:
-        if isinstance(row, Dropped):
-            self.dropped[row.reason] += 1
-        else:
-            self.documents[row.kind] += 1
-            self.text_bytes[row.kind] += len(row.text.encode())
+    def write(self, step: Step, number: int, priority: int) -> int:
+        return duplicates.write_keys(step, number, Keys.joined(self.keys), self.ids, self.lengths, priority)
 
 
-def _read_all(groups: list[Group], stage: StageRun, targets: list[Path]) -> Iterator[Summary]:
-    """Have every group read into its parts; gives the summaries in the order in which they come."""
-    settings, done = stage.recipe.ingest, 0
-    read = partial(_read_group, targets=targets, bounds=Bounds(settings.min_characters, settings.max_characters))
-    items = ray.data.from_items([_item(*one) for one in enumerate(groups)], override_num_blocks=len(groups))
-    work = items.map(read, num_cpus=settings.cpus_per_task)
-    size = sum(group.size for group in groups)
-    with progress("ingest", size / 1e6, "MB") as report, closing(_rows(work)) as rows:
-        for row in rows:
-            if stop_is_asked(stage.folder.path):
-                raise Stopped("ingest was asked to stop: finished crawls are kept, reading begins anew")
-            if row["errno"]:
-                raise StageFailed(_disk_problem(OSError(row["errno"], row["said"]), stage.folder.path))
-            summary = Summary.of(row["said"])
-            done += summary.bytes_read
-            report(done / 1e6, summary.source)
-            yield summary
+# Telling what is double
 
 
-def _rows(work: ray.data.Dataset) -> Generator[dict[str, Any], None, None]:
-    """Closing it ends the work."""
-    try:
-        yield from work.iter_rows()
-    except (ray.exceptions.RayError, ray.data.exceptions.UserCodeException) as error:
-        problem = Problem(f"a reading task failed: {str(error).strip().splitlines()[-1]}", "see Ray's log of the task")
-        raise StageFailed(problem) from error
+def _find_duplicates(work: Work, settings: DeduplicateSettings, parts: list[Summary]) -> Step | None:
+    """The step that says which documents go, None if none do."""
+    if not (settings.exact or settings.near):
+        return None
+    return duplicates.find(work, work.step("read"), len(parts), sum(part["keys"] for part in parts))
 
 
-def _item(number: int, group: Group) -> dict[str, Any]:
+def _find_passages(
+    work: Work, settings: DeduplicateSettings, parts: list[Summary], losers: Step | None
+) -> Step | None:
+    """The step that says which passages go, None if none do."""
+    if not settings.passages:
+        return None
+    read = work.step("read")
+    found = work.each("passages", [{} for _ in parts], partial(_passages, read=read, losers=losers))
+    total = sum(summary["passages"] for summary in found)
+    return passages.find(work, work.step("passages"), read, len(parts), total) if total else None
+
+
+def _passages(number: int, item: dict[str, Any], step: Step, read: Step, losers: Step | None) -> Summary:
+    """Leave the passages of a part's documents that stay, of those that aren't code."""
+    gone = set(_lost(number, losers))
+    found = passages.Found()
+    for first, batch in _stored(read.file(number, "documents.parquet"), ["text", "kind"]):
+        rows = [row for row, kind in enumerate(batch["kind"], first) if kind != "code" and row not in gone]
+        found.add([batch["text"][row - first] for row in rows], rows)
+    return {"passages": found.write(step, number)}
+
+
+def _lost(number: int, losers: Step | None) -> dict[int, tuple[str, float, str]]:
+    """Why each document of a part goes that says what another says: reason, value and detail, by row."""
+    if losers is None:
+        return {}
+    found = duplicates.losers_of(number, losers)
+    columns = (found[name].tolist() for name in ("row", "kept", "size", "exact"))
     return {
-        "number": number,
-        "source": group.source.model_dump_json(),
-        "paths": [str(file.path) for file in group.files],
-        "urls": [file.url for file in group.files],
-        "bytes": group.size,
+        row: (
+            "duplicate" if exact else "near-duplicate",
+            float(size),
+            f"documents alike, of which {kept:016x} is kept",
+        )
+        for row, kept, size, exact in zip(*columns, strict=True)
     }
 
 
-def _read_group(item: dict[str, Any], targets: list[Path], bounds: Bounds) -> dict[str, Any]:
-    """Runs in a task: reads a group's files, writes its parts. A full or forbidden disk is told, not raised, since
-    Ray would try again."""
-    source = Source.model_validate_json(item["source"])
-    summary = Summary(source.name, int(item["bytes"]))
-    origin = Origin(source.name, source.kind, source.licence)
-    try:
-        with (
-            _part(targets[0], item["number"], Document) as documents,
-            _part(targets[1], item["number"], Dropped) as dropped,
-        ):
-            for path, url in zip(item["paths"], item["urls"], strict=True):
-                for row in read_file(mirror.fetch(Path(path)), url, origin, bounds):
-                    (dropped if isinstance(row, Dropped) else documents).add(row)
-                    summary.count(row)
-    except OSError as error:
-        return {"errno": error.errno or errno.EIO, "said": str(error)}
-    return {"errno": 0, "said": summary.say()}
+# Writing
 
 
-class Part:
-    """A Parquet file of rows, written a row group at a time."""
+def _write_all(
+    work: Work,
+    settings: IngestSettings,
+    stage: StageRun,
+    parts: list[Summary],
+    losers: Step | None,
+    repeats: Step | None,
+) -> list[Summary]:
+    """Have every part written without what goes; a summary each."""
+    targets = [stage.folder.kept_folder(artefact) for artefact in STAGE.artefacts]
+    task = partial(
+        _write,
+        read=work.step("read"),
+        losers=losers,
+        repeats=repeats,
+        targets=targets,
+        shortest=settings.min_characters,
+    )
+    return work.each("write", [{"source": part["source"]} for part in parts], task)
 
-    def __init__(self, path: Path, columns: type[NamedTuple]):
-        self._schema = pa.schema([(name, pa.string()) for name in columns._fields])
+
+def _write(
+    number: int,
+    item: dict[str, Any],
+    step: Step,
+    read: Step,
+    losers: Step | None,
+    repeats: Step | None,
+    targets: list[Path],
+    shortest: int,
+) -> Summary:
+    """Write the documents of a part that stay, and those that don't."""
+    lost, gone = _lost(number, losers), passages.repeats_of(number, repeats) if repeats else {}
+    paths = [target / f"part-{number:05d}.parquet" for target in targets]
+    count = _Count()
+    with ExitStack() as files:
+        documents = files.enter_context(_table(paths[0], Document))
+        dropped = files.enter_context(_table(paths[1], Dropped))
+        for _, batch in _stored(read.file(number, "dropped.parquet"), None):
+            dropped.add(count.all(Dropped(*row) for row in zip(*batch.values(), strict=True)))
+        for first, batch in _stored(read.file(number, "documents.parquet"), None):
+            rows = enumerate((Document(*row) for row in zip(*batch.values(), strict=True)), first)
+            judged = count.all(_final(row, lost.get(place), gone.get(place), shortest) for place, row in rows)
+            documents.add([row for row in judged if isinstance(row, Document)])
+            dropped.add([row for row in judged if isinstance(row, Dropped)])
+    named = zip(STAGE.artefacts, paths, strict=True)
+    told = {name: {"name": path.name, "facts": facts(path)} for name, path in named}
+    return {"source": item["source"], **count.figures(), "passages": sum(map(len, gone.values())), **told}
+
+
+def _final(
+    row: Document, lost: tuple[str, float, str] | None, gone: list[int] | None, shortest: int
+) -> Document | Dropped:
+    """The document without the passages that go, or why it goes itself."""
+    if lost:
+        return Dropped(*row, *lost)
+    if not gone:
+        return row
+    left = passages.without(row.text, gone)
+    if len(left.strip()) < shortest:
+        return Dropped(*row, "repeated passages", float(len(left.strip())), "characters left without them")
+    return row._replace(text=left)
+
+
+@dataclass
+class _Count:
+    """Documents and bytes of UTF-8 text by kind, drops and their bytes by reason."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    text_bytes: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_bytes: Counter[str] = field(default_factory=Counter)
+
+    def all(self, rows: Iterable[Document | Dropped]) -> list[Document | Dropped]:
+        found = list(rows)
+        for row in found:
+            counters = (
+                (self.dropped, self.dropped_bytes) if isinstance(row, Dropped) else (self.documents, self.text_bytes)
+            )
+            name = row.reason if isinstance(row, Dropped) else row.kind
+            counters[0][name] += 1
+            counters[1][name] += len(row.text.encode())
+        return found
+
+    def figures(self) -> dict[str, dict[str, int]]:
+        return {
+            "kinds": self.documents,
+            "text_bytes": self.text_bytes,
+            "reasons": self.dropped,
+            "dropped_bytes": self.dropped_bytes,
+        }
+
+
+# Tables of rows
+
+
+class _Table:
+    """A Parquet file of rows, a row group each time that enough text has come."""
+
+    def __init__(self, path: Path, row: type[NamedTuple]):
+        hints = get_type_hints(row)
+        types = {str: pa.string(), float | None: pa.float64()}
+        self._schema = pa.schema([(name, types[hints[name]]) for name in row._fields])
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
-        self._rows: list[dict[str, str]] = []
+        self._rows: list[Any] = []
         self._characters = 0
 
-    def add(self, row: Document | Dropped) -> None:
-        self._rows.append(row._asdict())
-        self._characters += sum(map(len, row))
-        if self._characters >= ROW_GROUP_CHARACTERS:
-            self.flush()
-
-    def flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._rows, self._characters = [], 0
+    def add(self, rows: Iterable[Any]) -> None:
+        for row in rows:
+            self._rows.append(row)
+            self._characters += len(row.text)
+            if self._characters >= ROW_GROUP_CHARACTERS:
+                self._flush()
 
     def close(self) -> None:
+        self._flush()
         self._writer.close()
+
+    def _flush(self) -> None:
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
+        arrays = [pa.array(values, field.type) for values, field in zip(columns, self._schema, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._rows, self._characters = [], 0
 
 
 @contextmanager
-def _part(folder: Path, number: int, columns: type[NamedTuple]) -> Iterator[Part]:
-    """Part `number` of an artefact. It appears under its name when it is whole, so a task may be tried again."""
-    unfinished, path = folder / f"{UNFINISHED}{number:05d}-{uuid.uuid4().hex}", folder / f"part-{number:05d}.parquet"
-    try:
-        mirror.make(folder)
-        with closing(Part(unfinished, columns)) as part:
-            yield part
-            part.flush()
-        unfinished.replace(path)
-        mirror.send(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _table(path: Path, row: type[NamedTuple]) -> Iterator[_Table]:
+    """A file of rows, which is there when the block ends."""
+    with writing(path) as partial_path, closing(_Table(partial_path, row)) as table:
+        yield table
+
+
+def _stored(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """The rows of a file, some at a time: the first one's number, and columns."""
+    first = 0
+    with pq.ParquetFile(mirror.fetch(path)) as file:
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
+            yield first, batch.to_pydict()
+            first += batch.num_rows
 
 
 # What is said at the end
 
 
-def _remove_unfinished(targets: Iterable[Path]) -> None:
-    """Files of tasks that were killed, and whose group was then read by another."""
-    for target in targets:
-        for unfinished in target.glob(f"{UNFINISHED}*"):
-            unfinished.unlink()
-
-
-def _refuse_nothing(summaries: list[Summary]) -> None:
-    if any(summary.documents for summary in summaries):
+def _refuse_nothing(written: list[Summary]) -> None:
+    if any(part["kinds"] for part in written):
         return
-    dropped = _total(summary.dropped for summary in summaries)
+    dropped = _total(written, "reasons")
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common()) or "no pages in any file"
-    remedy = "name other sources, or lower ingest.min_characters"
+    remedy = "name other sources, or lower ingest.min_characters; `headwater look filters RUN` shows what went"
     raise BadInput(Problem(f"no document was left of the sources ({reasons})", remedy))
 
 
-def _outcome(found: dict[Source, list[SourceFile]], summaries: list[Summary]) -> Outcome:
-    files = sum(map(len, found.values()))
-    bytes_read = sum(summary.bytes_read for summary in summaries)
-    documents = _total(summary.documents for summary in summaries)
-    text_bytes = _total(summary.text_bytes for summary in summaries)
-    dropped = _total(summary.dropped for summary in summaries)
+def _told(stage: StageRun, metrics: dict[str, Any]) -> Outcome:
+    """With what was dropped as a table, on the terminal and on the dashboard."""
+    rows = filters.of_run(stage.folder.path, metrics)
+    if rows:
+        console.print(filters.table(rows, metrics))
+    files, sources = _counted(metrics["files"], "file"), _counted(len(metrics["sources"]), "source")
     return Outcome(
-        read=f"{_counted(files, 'file')}, {bytes_read / 1e6:.1f} MB, {_counted(len(found), 'source')}",
-        wrote=_counted(documents.total(), "document"),
-        figure=f"{text_bytes.total() / 1e6:.1f} MB of text",
-        metrics={
-            "files": files,
-            "bytes_read": bytes_read,
-            "documents": documents.total(),
-            "text_bytes": text_bytes.total(),
-            "sources": {source.name: _of_source(source, summaries) for source in found},
-            "kinds": {kind: _figures(documents[kind], text_bytes[kind]) for kind in sorted(documents)},
-            "dropped": dict(sorted(dropped.items())),
-        },
+        read=f"{files}, {metrics['bytes_read'] / 1e6:.1f} MB, {sources}",
+        wrote=f"{_counted(metrics['documents'], 'document')}, {sum(metrics['dropped'].values()):,} dropped",
+        figure=f"{metrics['text_bytes'] / 1e6:.1f} MB of text",
+        metrics=metrics,
+        tables={"filters": filters.flat(rows)},
     )
 
 
-def _of_source(source: Source, summaries: list[Summary]) -> dict[str, int]:
-    own = [summary for summary in summaries if summary.source == source.name]
-    documents = sum(summary.documents.total() for summary in own)
-    text_bytes = sum(summary.text_bytes.total() for summary in own)
-    return {**_figures(documents, text_bytes), "dropped": sum(summary.dropped.total() for summary in own)}
+def _metrics(
+    found: list[tuple[Source, list[SourceFile]]], parts: list[Summary], written: list[Summary]
+) -> dict[str, Any]:
+    kinds, text_bytes, reasons = (_total(written, name) for name in ("kinds", "text_bytes", "reasons"))
+    return {
+        "files": sum(len(files) for _, files in found),
+        "bytes_read": sum(part["bytes_read"] for part in parts),
+        "documents": kinds.total(),
+        "text_bytes": text_bytes.total(),
+        "sources": {source.name: _of_source(source, written) for source, _ in found},
+        "kinds": {kind: {"documents": kinds[kind], "text_bytes": text_bytes[kind]} for kind in sorted(kinds)},
+        "dropped": dict(sorted(reasons.items())),
+        "dropped_bytes": dict(sorted(_total(written, "dropped_bytes").items())),
+        "masked": dict(sorted(_total(parts, "masked").items())),
+        "repeated_passages": sum(part["passages"] for part in written),
+    }
 
 
-def _figures(documents: int, text_bytes: int) -> dict[str, int]:
-    return {"documents": documents, "text_bytes": text_bytes}
+def _of_source(source: Source, written: list[Summary]) -> dict[str, Any]:
+    own = [part for part in written if part["source"] == source.name]
+    totals = {name: _total(own, name) for name in ("kinds", "text_bytes", "reasons")}
+    return {
+        "documents": totals["kinds"].total(),
+        "text_bytes": totals["text_bytes"].total(),
+        "dropped": dict(sorted(totals["reasons"].items())),
+    }
 
 
-def _total(counts: Iterable[Counter[str]]) -> Counter[str]:
-    return sum(counts, start=Counter())
+def _total(parts: list[Summary], name: str) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part[name])
+    return total
 
 
 def _counted(number: int, noun: str) -> str:
@@ -303,29 +518,42 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StageFailed(_disk_problem(error, folder)) from error
-
-
-def _disk_problem(error: OSError, folder: Path) -> Problem:
-    remedies = {
-        errno.ENOSPC: "free some space there, or use --runs with a roomier folder",
-        errno.EDQUOT: "raise the quota, or use --runs with a roomier folder",
-        errno.ENOENT: "put --runs on storage that every machine of the cluster sees under the same path",
-    }
-    remedy = remedies.get(error.errno or 0, "use --runs with a folder that you can write to")
-    return Problem(f"cannot write documents under {folder}: {error}", remedy)
+        raise StageFailed(disk_problem(error, folder)) from error
 
 
 # How the driver sees it
 
 
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What will be evaluated counts where documents that have it are dropped."""
+    own = recipe.ingest.identity()
+    if not recipe.ingest.decontaminate:
+        return own
+    sets = [source.identity() for source in recipe.sft.sources]
+    return {**own, "evaluated": {"sources": sets, "held_out": recipe.sft.held_out}}
+
+
 def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
-    return {source.name: fingerprint(source, verify) for source in recipe.ingest.chosen()}
+    read = {source.name: fingerprint(source, verify) for source in recipe.ingest.chosen()}
+    if not recipe.ingest.decontaminate:
+        return read
+    evaluated = {
+        f"evaluated/{source.name}": conversations.fingerprint(source, verify) for source in recipe.sft.sources
+    }
+    return {**read, **evaluated}
 
 
 def _check(recipe: Recipe) -> list[Problem]:
-    """Sources that can't be found or listed, all of them."""
-    return [problem for source in recipe.ingest.chosen() for problem in _problems(source)]
+    """Sources that can't be found or listed, or of which nobody said under what licence they are: all of them."""
+    return [problem for source in recipe.ingest.chosen() for problem in [*_unlicensed(source), *_problems(source)]]
+
+
+def _unlicensed(source: Source) -> list[Problem]:
+    if source.licence or source.licence_column:
+        return []
+    setting = "ingest.folder_licence=..." if source.name == "folder" else "`licence: ...` to the source"
+    what = f"source '{source.name}' ({source.path}) declares no licence"
+    return [Problem(what, f"add {setting}, or 'unknown' there to take it all the same")]
 
 
 def _problems(source: Source) -> list[Problem]:
@@ -337,9 +565,9 @@ def _problems(source: Source) -> list[Problem]:
 
 
 def _demand(recipe: Recipe) -> Demand:
-    """Text takes at most the space of the files that it comes from: parts are compressed."""
+    """Documents are there twice before the last step is done; compressed, so in the space of one plain copy each."""
     usable = [source for source in recipe.ingest.chosen() if not _problems(source)]
-    return Demand(cpus=recipe.ingest.cpus_per_task, disk_bytes=sum(map(_size, usable)))
+    return Demand(cpus=recipe.ingest.cpus_per_task, disk_bytes=2 * sum(map(_size, usable)))
 
 
 def _size(source: Source) -> int:
@@ -351,10 +579,10 @@ def _size(source: Source) -> int:
 
 STAGE = Stage(
     name="ingest",
-    version=1,
+    version=2,
     needs=(),
     artefacts=("documents", "dropped"),
-    identity=lambda recipe: recipe.ingest.identity(),
+    identity=_identity,
     run=run,
     demand=_demand,
     check=_check,

@@ -6,7 +6,6 @@ that the model's held-out loss has something to stand beside.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -18,10 +17,13 @@ import torch
 from cluster import mirror
 from cluster.errors import BadInput, Problem
 from llm.losses import next_token_nats
+from llm.order import Mixture, mix_of, spread
 from llm.presets import Preset, build_model, llama_config
 from llm.vocabulary import fingerprint, load_tokenizer
 from pipelines import checkpoints, records, training
 from pipelines.recipe import Recipe
+from pipelines.schema import PretrainSettings
+from pipelines.shards import read_manifest, verify
 from pipelines.stage import Outcome, Stage, StageRun
 from pipelines.stream import HeldOutRows, RowStream
 
@@ -33,17 +35,47 @@ def run(stage: StageRun) -> Outcome:
     import ray
 
     tokens = stage.input("shards") / "tokens"
-    manifest = json.loads((mirror.here(tokens) / "manifest.json").read_text())
+    manifest = read_manifest(tokens)
+    verify(tokens, manifest, stage.recipe.pretrain.data_cpus)
     _same_tokenizer(manifest, stage.input("tokenizer") / "tokenizer")
+    mixture = mixture_of(manifest["train"]["sources"], stage.recipe.pretrain)
     rows = min(stage.recipe.pretrain.held_out_rows, manifest["held_out"]["rows"])
     counting = ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows)
-    training.train(_job(stage, manifest, tokens, rows), "pretrain", stage.record)
+    training.train(_job(stage, manifest, tokens, rows, mixture), "pretrain", stage.record)
     checkpoints.export(stage.folder.path)
     baselines = ray.get(counting)
     stage.log.info(
         "held-out baselines: unigram %.4f, bigram %.4f nats a token", baselines["unigram"], baselines["bigram"]
     )
-    return _outcome(stage, manifest, baselines)
+    return _outcome(stage, manifest, baselines, _epochs(manifest["train"]["sources"], mixture, stage.recipe.pretrain))
+
+
+def mixture_of(sources: dict[str, Any], settings: PretrainSettings) -> Mixture | None:
+    """The rows that each source gives, by the recipe's weights; None without weights. `sources`: of a manifest.
+
+    BadInput if a weight is of no source, or if there is too little text for so many steps.
+    """
+    if not settings.mixture:
+        return None
+    if unknown := sorted(set(settings.mixture) - {name for name, about in sources.items() if about["rows"]}):
+        there = ", ".join(name for name, about in sources.items() if about["rows"])
+        what = f"pretrain.mixture has a weight for '{unknown[0]}', of which there are no rows"
+        raise BadInput(Problem(what, f"sources with rows: {there}"))
+    rows = np.array([about["rows"] for about in sources.values()], dtype=np.int64)
+    weights = np.array([settings.mixture.get(name, 0.0) for name in sources])
+    try:
+        return mix_of(rows, weights, settings.steps * settings.global_batch, settings.max_epochs)
+    except ValueError as error:
+        what = f"pretrain.mixture: {error}"
+        raise BadInput(Problem(what, "train fewer steps, raise pretrain.max_epochs, or add text")) from None
+
+
+def _epochs(sources: dict[str, Any], mixture: Mixture | None, settings: PretrainSettings) -> dict[str, float]:
+    """How often each source is read in all steps."""
+    rows = np.array([about["rows"] for about in sources.values()], dtype=np.int64)
+    mixture = mixture or Mixture(rows, rows)
+    epochs = mixture.epochs(settings.steps * settings.global_batch)
+    return {name: round(float(one), 4) for name, one in zip(sources, epochs, strict=True)}
 
 
 def _same_tokenizer(manifest: dict[str, Any], folder: Path) -> None:
@@ -66,7 +98,8 @@ def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, f
     from llm.vocabulary import token_bytes
 
     counts = count(Shards(mirror.here(tokens) / "train").flat(COUNTED_TOKENS), manifest["vocab_size"])
-    held_out = RowReader(tokens / "held_out", manifest["pad_id"]).read(np.arange(rows))
+    chosen = spread(rows, manifest["held_out"]["rows"])
+    held_out = RowReader(tokens / "held_out", manifest["pad_id"]).read(chosen)
     targets = held_out["labels"][:, 1:]
     targets = targets[targets != IGNORED]
     lengths = token_bytes(load_tokenizer(mirror.here(tokens.parent.parent / "tokenizer" / "tokenizer")))
@@ -77,10 +110,10 @@ def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, f
     }
 
 
-def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int) -> training.Job:
+def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, mixture: Mixture | None) -> training.Job:
     recipe = stage.recipe
     settings = recipe.pretrain
-    held_out = HeldOutRows.first(rows, tokens / "held_out", manifest["pad_id"], settings)
+    held_out = HeldOutRows.of_set(rows, tokens / "held_out", manifest["pad_id"], settings)
     tokenizer = stage.input("tokenizer") / "tokenizer"
     return training.Job(
         folder=stage.folder.path,
@@ -88,7 +121,7 @@ def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int) -> 
         build=partial(build, recipe.model.shape, tokenizer, recipe.seed),
         objective=next_token_objective,
         tokenizer=tokenizer,
-        stream=RowStream.of(tokens / "train", manifest["pad_id"], settings, recipe.seed),
+        stream=RowStream.of(tokens / "train", manifest["pad_id"], settings, recipe.seed, mixture),
         held_out=held_out,
         facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": held_out.targets()},
     )
@@ -113,7 +146,9 @@ def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor])
     return next_token_nats(logits, batch["labels"])
 
 
-def _outcome(stage: StageRun, manifest: dict[str, Any], baselines: dict[str, float]) -> Outcome:
+def _outcome(
+    stage: StageRun, manifest: dict[str, Any], baselines: dict[str, float], epochs: dict[str, float]
+) -> Outcome:
     steps = records.read_lines(stage.folder.path / "metrics.jsonl")
     nats = {
         "held_out": records.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"],
@@ -132,6 +167,7 @@ def _outcome(stage: StageRun, manifest: dict[str, Any], baselines: dict[str, flo
         metrics={
             "steps": len(steps),
             "tokens": tokens,
+            "epochs_per_source": epochs,
             "parameters": parameters,
             "first_loss": steps[0]["loss"],
             "last_loss": steps[-1]["loss"],

@@ -66,6 +66,6 @@ def _next(run: Run, done: dict[str, Any]) -> str:
         f"complete {run.name} 'Once upon a' --top 5": "a text goes on, with the distribution at each step",
         f"look tokens {run.name} 'Hello, hello'": "how a text splits",
         f"serve {run.name}": "an OpenAI-compatible API on 127.0.0.1:8000",
-        f"run {recipe} name=mine ingest.folder=~/texts": "the same from your own text",
+        f"run {recipe} name=mine ingest.folder=~/texts ingest.folder_licence=unknown": "the same from your own text",
     }
     return "what to do next:\n" + "\n".join(f"  headwater {way:<46}  {what}" for way, what in ways.items())

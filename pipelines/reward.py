@@ -89,7 +89,7 @@ def _write(groups: list[tuple[list[Piece], int]], vocab_size: int, row_tokens: i
 def _job(stage: StageRun, manifest: dict[str, Any]) -> training.Job:
     settings, tokens = stage.recipe.reward, stage.folder.path / "tokens"
     rows = min(settings.held_out_rows, manifest["held_out"]["rows"])
-    held_out = HeldOutRows.first(rows, tokens / "held_out", manifest["pad_id"], settings)
+    held_out = HeldOutRows.of_set(rows, tokens / "held_out", manifest["pad_id"], settings)
     return training.Job(
         folder=stage.folder.path,
         settings=settings,

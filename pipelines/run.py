@@ -191,6 +191,7 @@ def _tracked(journey: Journey, stage: Stage, folder: StageFolder) -> Outcome:
     except BaseException as error:
         tracker.finish({}, exit_code=1)
         raise _explained(stage, error) from error
+    tracker.tables(outcome.tables)
     tracker.finish(outcome.metrics)
     return outcome
 

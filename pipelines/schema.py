@@ -11,7 +11,25 @@ from llm.presets import PRESETS, Preset
 from llm.schedules import learning_rate
 from llm.vocabulary import SMALLEST_VOCABULARY
 from pipelines.alignment import ConversationSource
+from pipelines.corpus import quality
+from pipelines.corpus.quality import RULE_SETS
 from pipelines.settings import Settings, identity, placement
+
+# Licences (SPDX) under which code may be copied on with little more than a notice.
+PERMISSIVE = (
+    "0BSD",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CC0-1.0",
+    "ISC",
+    "MIT",
+    "MIT-0",
+    "PSF-2.0",
+    "Unlicense",
+    "Zlib",
+)
 
 
 class Source(Settings):
@@ -22,24 +40,87 @@ class Source(Settings):
         "auto", "what the files are; 'auto' decides by each file's suffix"
     )
     path: str = placement(
-        doc="a folder or file; 'package:NAME/FOLDER' inside an installed package; 'stdlib:' for the source of "
-        "Python's standard library; 'pydoc:' for its documentation, crawled from a server on loopback"
+        doc="a folder or file, local or s3://BUCKET/PREFIX; 'package:NAME/FOLDER' inside an installed package; "
+        "'stdlib:' for the source of Python's standard library; 'pydoc:' for its documentation, crawled from a server "
+        "on loopback"
     )
-    licence: str = identity("unknown", "licence of the text, carried by every document")
+    licence: str | None = identity(
+        None,
+        "licence of the text, carried by every document; 'unknown' if it is not known; 'detect' to find it in every "
+        "repository of code and to take those of `licences`",
+    )
+    licences: tuple[str, ...] = identity(PERMISSIVE, "licences (SPDX) of code that are taken where they are detected")
     include: tuple[str, ...] = identity((), "glob patterns of the file names to take, all when empty")
     max_files: int | None = identity(None, "take at most this many files (or crawled pages)", ge=1)
+    text_column: str = identity("text", "column of JSONL, Parquet and CSV that holds the text")
+    id_column: str | None = identity(None, "column that holds a name of each row, which must not come twice")
+    title_column: str | None = identity(None, "column that holds a title, put before the text as a line of its own")
+    url_column: str | None = identity(None, "column that holds an address")
+    licence_column: str | None = identity(None, "column that holds a licence of each row")
+    markup: Literal["plain", "wikitext"] = identity("plain", "how the text of articles is marked up")
+    languages: tuple[str, ...] = identity((), "ISO 639-1 codes of the languages to take of web pages, all when empty")
+    block_list: str | None = placement(
+        None,
+        "a file of domains and address prefixes, one a line, whose web pages are not taken; its content is identity",
+    )
+    respect: tuple[str, ...] = identity(
+        ("noai", "noindex", "none", "tdm-reservation"), "marks by which a web page refuses to be taken"
+    )
+    rules: tuple[str, ...] | None = identity(
+        None, f"sets of rules that documents must keep: {', '.join(RULE_SETS)}; null for those of the kind"
+    )
+    thresholds: dict[str, float] = identity({}, "bounds of single rules in place of the papers', by the rule's name")
+
+    @field_validator("thresholds")
+    @classmethod
+    def _rules_exist(cls, thresholds: dict[str, float]) -> dict[str, float]:
+        return _known_rules(thresholds)
+
+
+def _known_rules(thresholds: dict[str, float]) -> dict[str, float]:
+    quality.judge("", (), thresholds)  # ValueError for a name that no rule has
+    return thresholds
+
+
+class DeduplicateSettings(Settings):
+    """Which documents count as said before. MinHash's defaults are those of FineWeb (arXiv 2406.17557)."""
+
+    exact: bool = identity(True, "drop documents of the same words as another")
+    near: bool = identity(True, "drop near-duplicates: MinHash of word n-grams, then connected components")
+    ngram: int = identity(5, "words in an n-gram", ge=1, le=64)
+    bands: int = identity(14, "bands of a signature; one that agrees makes two documents duplicates", ge=1, le=256)
+    rows: int = identity(
+        8, "hashes in a band; with 14 bands of 8, half of all pairs of similarity 0.72 are found", ge=1, le=64
+    )
+    passages: bool = identity(True, "take out passages of three sentences that another document has too (not of code)")
 
 
 class IngestSettings(Settings):
     """Raw sources to documents."""
 
-    folder: str | None = placement(None, "your own folder of text, HTML, WARC or code; replaces `sources`")
+    folder: str | None = placement(None, "your own folder of text, HTML, WARC, tables or code; replaces `sources`")
+    folder_licence: str | None = identity(None, "licence of what is in `folder`; 'unknown' if it is not known")
     sources: tuple[Source, ...] = identity((), "bodies of raw text")
-    min_characters: int = identity(32, "documents shorter than this are dropped, with the reason", ge=1)
+    on_error: Literal["skip", "fail"] = identity(
+        "skip", "what is done about input that can't be read: leave it out and say so, or end the stage and name it"
+    )
+    min_characters: int = identity(32, "documents shorter than this are dropped", ge=1)
     max_characters: int = identity(
         1_000_000, "longer documents are cut into pieces of at most this many characters", ge=1_000
     )
-    cpus_per_task: float = placement(0.5, "CPUs that a reading task claims", gt=0)
+    thresholds: dict[str, float] = identity({}, "bounds of single rules for all sources, by the rule's name")
+    mask: tuple[Literal["email", "ip", "phone", "card", "key"], ...] = identity(
+        ("email", "ip", "phone", "card", "key"), "personal data that are replaced by a placeholder"
+    )
+    decontaminate: bool = identity(True, "drop documents that share text with what the run will be evaluated on")
+    decontaminate_words: int = identity(13, "words in a row that make text shared", ge=3, le=64)
+    deduplicate: DeduplicateSettings = identity(DeduplicateSettings(), "what counts as said before")
+    cpus_per_task: float = placement(1, "CPUs that a task claims", gt=0)
+
+    @field_validator("thresholds")
+    @classmethod
+    def _rules_exist(cls, thresholds: dict[str, float]) -> dict[str, float]:
+        return _known_rules(thresholds)
 
     @field_validator("sources")
     @classmethod
@@ -59,7 +140,7 @@ class IngestSettings(Settings):
         """The sources to read: the user's folder when there is one."""
         if self.folder is None:
             return self.sources
-        return (Source(name="folder", kind="auto", path=self.folder),)
+        return (Source(name="folder", kind="auto", path=self.folder, licence=self.folder_licence),)
 
     def identity(self) -> dict[str, Any]:
         """With a folder given, the folder's content is what counts, not the sources that it replaces."""
@@ -74,15 +155,25 @@ class TokenizerSettings(Settings):
     sample_bytes: int = identity(
         1_000_000_000, "bytes of text to learn the merges from, spread over all documents", ge=1_000
     )
+    weights: dict[str, float] = identity(
+        {}, "weights of the sources in that sample, by name; empty for what the sources have"
+    )
     cpus: float = placement(1, "CPUs that the training task claims", gt=0)
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        if weights and (min(weights.values()) < 0 or not sum(weights.values())):
+            raise ValueError("weights must be positive, or 0 to leave a source out")
+        return weights
 
 
 class ShardsSettings(Settings):
     """Documents to token shards and the packing index."""
 
     sequence_length: int = identity(2048, "tokens in a row (one training sequence)", ge=8)
-    tokens_per_shard: int = identity(16_000_000, "tokens after which a new shard file is begun", ge=1_000)
-    cpus_per_task: float = placement(0.5, "CPUs that a tokenizing task claims", gt=0)
+    tokens_per_shard: int = identity(16_000_000, "tokens of a shard file, about", ge=1_000)
+    cpus_per_task: float = placement(1, "CPUs that a task claims", gt=0)
 
 
 class ModelSettings(Settings):
@@ -174,6 +265,20 @@ class TrainingSettings(Settings):
 
 class PretrainSettings(TrainingSettings):
     """Token shards to a base model, by next-token prediction."""
+
+    mixture: dict[str, float] = identity(
+        {}, "weights of the sources by name: shares of the tokens trained on; empty for what the sources have"
+    )
+    max_epochs: float = identity(
+        4.0, "how often a source is read at most in a mixture; the rest goes to the others (arXiv 2305.16264)", gt=0
+    )
+
+    @field_validator("mixture")
+    @classmethod
+    def _weights(cls, mixture: dict[str, float]) -> dict[str, float]:
+        if mixture and (min(mixture.values()) < 0 or not sum(mixture.values())):
+            raise ValueError("weights must be positive, or 0 to leave a source out")
+        return mixture
 
 
 class SftSettings(TrainingSettings):

@@ -100,7 +100,7 @@ def _job(stage: StageRun, manifest: dict[str, Any]) -> training.Job:
     settings, tokens = stage.recipe.sft, stage.folder.path / "tokens"
     rows = min(settings.held_out_rows, manifest["held_out"]["rows"])
     train = RowStream.of(tokens / "train", manifest["pad_id"], settings, stage.recipe.seed)
-    held_out = HeldOutRows.first(rows, tokens / "held_out", manifest["pad_id"], settings)
+    held_out = HeldOutRows.of_set(rows, tokens / "held_out", manifest["pad_id"], settings)
     return training.Job(
         folder=stage.folder.path,
         settings=settings,

@@ -1,176 +1,267 @@
 """Stage 3: documents to token shards, a manifest and the packing index.
 
-Ray Data runs one task a documents file: it tokenizes, writes whole shard files and hands back their lines of the
-manifest. No text and no ids pass through the driver.
+reads   documents, tokenizer
+writes  tokens/SET/shard-SSS-NNNNN.arrow   ids of documents of source SSS, in an order drawn by their names
+        tokens/SET/packing.arrow           which pieces of which documents make each row, source after source
+        tokens/manifest.json               what is in them, where documents begin and end, the SHA-256 of each file
+
+SET is train or held_out. No text and no ids pass through the driver or the object store. The steps:
+
+    tokens    a task a documents file: its ids, sorted by a key drawn from each document's name
+    shuffle   a task a shard: a range of keys from all files of a source, so shards have one size but for chance. The
+              files of a repository share a key: they stay together, in their order
+    pack      a task a set: the packing index
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster import mirror
-from cluster.errors import Problem, StageFailed
-from cluster.progress import progress
-from llm.files import hash_file, write_json
-from llm.packing import pack, write_index
-from llm.shardfile import Shards, write_shard
+from cluster.errors import BadInput, Problem, StageFailed
+from llm.files import write_json
+from llm.packing import joined, pack, write_index
+from llm.shardfile import check_boundaries, read_arrow, token_lists, write_arrow
 from llm.vocabulary import fingerprint, load_tokenizer
 from pipelines import documents
+from pipelines.partitions import Step, Summary, Work, facts, ranges, read_columns, write_table, writing
 from pipelines.recipe import Recipe
 from pipelines.stage import Demand, Outcome, Stage, StageRun
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SETS = ("train", "held_out")
+SET_KEYS = ("documents", "tokens", "text_bytes")
 
 
 def run(stage: StageRun) -> Outcome:
-    """Tokenize every document, then decide once which pieces make each row."""
-    recipe = stage.recipe
-    tokenizer = stage.input("tokenizer") / "tokenizer"
-    with stage.folder.artefact("tokens") as target:
-        files = _tokenize_all(stage, target)
-        mirror.gather(target)
-        manifest = _manifest(recipe, mirror.here(tokenizer), files)
-        for name in SETS:
-            manifest[name]["rows"] = _index(target / name, recipe.shards.sequence_length)
-        _refuse_too_little(manifest)
-        write_json(target / "manifest.json", manifest)
+    """Tokenize every document, shuffle, and decide once which pieces make each row."""
+    work = Work(stage.folder, stage.recipe.shards.cpus_per_task)
+    target = stage.folder.kept_folder("tokens")
+    tokenized = _tokenize_all(work, stage)
+    shards = _shuffle_all(work, stage, tokenized, target)
+    packed = _pack_all(work, stage.recipe, shards, target)
+    manifest = _manifest(stage, shards, packed)
+    _refuse_too_little(manifest)
+    write_json(target / "manifest.json", manifest)
+    stage.folder.publish("tokens", {part["name"]: part["facts"] for part in [*shards, *packed]})
     return _outcome(manifest)
 
 
-def _tokenize_all(stage: StageRun, target: Path) -> list[dict[str, Any]]:
-    import ray.data
+# Tokenizing
 
+
+def _tokenize_all(work: Work, stage: StageRun) -> list[Summary]:
     parts = documents.parts(stage.input("ingest") / "documents")
-    for name in SETS:
-        (target / name).mkdir()
-    work = ray.data.from_items(
-        [{"number": n, "part": str(part)} for n, part in enumerate(parts)], override_num_blocks=len(parts)
-    )
-    settings = stage.recipe.shards
-    task = partial(
-        _tokenize,
-        target=target,
-        tokenizer=stage.input("tokenizer") / "tokenizer",
-        held_out=stage.recipe.held_out,
-        tokens_per_shard=settings.tokens_per_shard,
-    )
-    tokenized = work.map(task, num_cpus=settings.cpus_per_task)
-    files: list[dict[str, Any]] = []
-    with progress("shards", len(parts), "files") as report:
-        for done, row in enumerate(tokenized.iter_rows(), start=1):
-            files += json.loads(row["files"])
-            report(done)
-    return sorted(files, key=lambda file: file["name"])
+    task = partial(_tokenize, tokenizer=stage.input("tokenizer") / "tokenizer", held_out=stage.recipe.held_out)
+    return work.each("tokens", [{"part": str(part)} for part in parts], task, "files")
 
 
-def _tokenize(
-    row: dict[str, Any], target: Path, tokenizer: Path, held_out: float, tokens_per_shard: int
-) -> dict[str, Any]:
-    """A task's work on one documents file; the manifest's lines of the shards that it wrote."""
+def _tokenize(number: int, item: dict[str, Any], step: Step, tokenizer: Path, held_out: float) -> Summary:
+    """Leave a documents file's ids, a file for each set and source, sorted by key."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a task for every core
     loaded = load_tokenizer(mirror.here(tokenizer))
-    writers = {name: _ShardWriter(target, name, row["number"], tokens_per_shard) for name in SETS}
-    for batch in documents.read(Path(row["part"]), ["id", "text", "source"]):
-        for document, ids in _encoded(loaded, batch.to_pylist()):
-            kept_out = documents.is_held_out(document["id"], held_out)
-            writers["held_out" if kept_out else "train"].add(document, ids, len(loaded))
-    return {"files": json.dumps([file for writer in writers.values() for file in writer.close(len(loaded))])}
+    heaps: dict[tuple[str, str], _Heap] = {}
+    for batch in documents.read(Path(item["part"]), ["id", "text", "source", "kind", "meta"]):
+        rows = batch.to_pylist()
+        for row, ids in zip(rows, _encoded(loaded, [row["text"] for row in rows]), strict=True):
+            name = "held_out" if documents.is_held_out(row["id"], held_out) else "train"
+            heaps.setdefault((name, row["source"]), _Heap()).add(row, ids)
+    return {"files": [heap.write(step, number, *which, len(loaded)) for which, heap in heaps.items()]}
 
 
-def _encoded(tokenizer, rows: list[dict[str, Any]]):
-    """Each document with its ids, the end-of-text id last. Special tokens spelt out in text are text."""
+def _encoded(tokenizer, texts: list[str]) -> Iterator[np.ndarray]:
+    """The ids of each text, the end-of-text id last. Special tokens spelt out in text are text."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    for row, encoding in zip(
-        rows, backend.encode_batch_fast([row["text"] for row in rows], add_special_tokens=False), strict=True
-    ):
-        yield row, np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint32)
+    for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+        yield np.array([*encoding.ids, tokenizer.eos_token_id], dtype=np.uint32)
 
 
 @dataclass
-class _ShardWriter:
-    """Gathers documents until a shard is full, then writes it under its final name in one step."""
+class _Heap:
+    """Documents of one set and source, as they come."""
 
-    target: Path
-    set_name: str
-    part: int
-    tokens_per_shard: int
     ids: list[str] = field(default_factory=list)
-    documents: list[np.ndarray] = field(default_factory=list)
-    tokens: Counter = field(default_factory=Counter)
-    text_bytes: int = 0
-    files: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    text_bytes: list[int] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, document: dict[str, Any], ids: np.ndarray, vocab_size: int) -> None:
-        self.ids.append(document["id"])
-        self.documents.append(ids)
-        self.tokens[document["source"]] += len(ids)
-        self.text_bytes += len(document["text"].encode())
-        if self.tokens.total() >= self.tokens_per_shard:
-            self._flush(vocab_size)
+    def add(self, row: dict[str, Any], tokens: np.ndarray) -> None:
+        self.ids.append(row["id"])
+        self.keys.append(shuffle_key(row))
+        self.text_bytes.append(len(row["text"].encode()))
+        self.tokens.append(tokens)
 
-    def close(self, vocab_size: int) -> list[dict[str, Any]]:
-        """Write what is left; the manifest's line of every file of this writer."""
-        if self.ids:
-            self._flush(vocab_size)
-        return self.files
-
-    def _flush(self, vocab_size: int) -> None:
-        name = f"{self.set_name}/shard-{self.part:05d}-{len(self.files):03d}.arrow"
-        partial = (self.target / name).with_suffix(".partial")
-        mirror.make(partial.parent)
-        write_shard(partial, self.ids, self.documents, vocab_size)
-        self.files.append(
-            {
-                "name": name,
-                "sha256": hash_file(partial),
-                "documents": len(self.ids),
-                "tokens": dict(self.tokens),
-                "text_bytes": self.text_bytes,
-            }
-        )
-        partial.rename(self.target / name)  # a task that is tried again replaces the file by its equal
-        mirror.send(self.target / name)
-        self.ids, self.documents, self.tokens, self.text_bytes = [], [], Counter(), 0
+    def write(self, step: Step, number: int, set_name: str, source: str, vocab_size: int) -> dict[str, Any]:
+        """Leave the documents, sorted by key."""
+        keys = np.array(self.keys, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        columns = {
+            "key": keys[order],
+            "id": [self.ids[place] for place in order],
+            "text_bytes": np.array(self.text_bytes, dtype=np.int64)[order],
+            "tokens": token_lists([self.tokens[place] for place in order], vocab_size),
+        }
+        with writing(step.file(number, _heap_name(set_name, source))) as path:
+            write_arrow(path, pa.table(columns))
+        return {"set": set_name, "source": source, "tokens": sum(map(len, self.tokens))}
 
 
-def _manifest(recipe: Recipe, tokenizer: Path, files: list[dict[str, Any]]) -> dict[str, Any]:
-    loaded = load_tokenizer(tokenizer)
+def _heap_name(set_name: str, source: str) -> str:
+    return f"{set_name}.{source}.arrow"
+
+
+def shuffle_key(row: dict[str, Any]) -> int:
+    """Where a document comes in the order of its source: drawn from its id, or from the name of its repository."""
+    name = json.loads(row["meta"]).get("repository") if row["kind"] == "code" else None
+    return int.from_bytes(hashlib.sha256(f"shuffle/{name or row['id']}".encode()).digest()[:8], "big")
+
+
+# Shuffling
+
+
+def _shuffle_all(work: Work, stage: StageRun, tokenized: list[Summary], target: Path) -> list[Summary]:
+    """A shard for each range of keys of each source and set; those in which nothing fell are left out."""
+    for name in SETS:
+        (target / name).mkdir(exist_ok=True)
+    items = [
+        {"set": name, "source": source, "place": place, "number": number, "files": files, **bounds}
+        for name in SETS
+        for place, source in enumerate(_sources(stage.recipe))
+        for files, tokens in [_files_of(tokenized, name, source)]
+        for number, bounds in enumerate(_ranges(tokens, stage.recipe.shards.tokens_per_shard))
+    ]
+    tokenizer = stage.input("tokenizer") / "tokenizer"
+    task = partial(_shuffle, tokens=work.step("tokens"), target=target, tokenizer=tokenizer)
+    return [shard for shard in work.each("shuffle", items, task, "shards") if shard["documents"]]
+
+
+def _sources(recipe: Recipe) -> list[str]:
+    return [source.name for source in recipe.ingest.chosen()]
+
+
+def _files_of(tokenized: list[Summary], set_name: str, source: str) -> tuple[list[int], int]:
+    """Numbers of the documents files that have text of that source in that set, and its tokens in all."""
+    found = [
+        (number, file["tokens"])
+        for number, part in enumerate(tokenized)
+        for file in part["files"]
+        if (file["set"], file["source"]) == (set_name, source)
+    ]
+    return [number for number, _ in found], sum(tokens for _, tokens in found)
+
+
+def _ranges(tokens: int, tokens_per_shard: int) -> list[dict[str, Any]]:
+    return ranges(max(1, round(tokens / tokens_per_shard))) if tokens else []
+
+
+def _shuffle(number: int, item: dict[str, Any], step: Step, tokens: Step, target: Path, tokenizer: Path) -> Summary:
+    """Write the shard of a range of keys, and leave the lengths of its documents."""
+    heaps = [tokens.file(part, _heap_name(item["set"], item["source"])) for part in item["files"]]
+    table = pa.concat_tables([_in_range(path, int(item["low"]), int(item["high"])) for path in heaps])
+    # Stable: the files of a repository, which have one key, stay in the order in which they were read.
+    order = np.argsort(table.column("key").to_numpy(), kind="stable")
+    table = table.take(pa.array(order)).combine_chunks()
+    name = f"{item['set']}/shard-{item['place']:03d}-{item['number']:05d}.arrow"
+    told = {"number": number, "set": item["set"], "source": item["source"], "name": name, "documents": table.num_rows}
+    if not table.num_rows:
+        return told
+    loaded = load_tokenizer(mirror.here(tokenizer))
+    lengths = check_boundaries(table.column("tokens").chunk(0), loaded.all_special_ids, loaded.eos_token_id)
+    with writing(target / name) as path:
+        write_arrow(path, table.select(["id", "tokens"]))
+    write_table(step.file(number, "arrow"), length=lengths)
+    text_bytes = pc.sum(table.column("text_bytes")).as_py()
+    return {**told, "facts": facts(target / name), "tokens": int(lengths.sum()), "text_bytes": text_bytes}
+
+
+def _in_range(path: Path, low: int, high: int) -> pa.Table:
+    """Documents whose key is in the range, of a file sorted by key."""
+    table = read_arrow(mirror.fetch(path))
+    keys = table.column("key").to_numpy()
+    first = int(np.searchsorted(keys, np.uint64(low)))
+    last = len(keys) if high == 1 << 64 else int(np.searchsorted(keys, np.uint64(high)))
+    return table.slice(first, last - first)
+
+
+# Packing
+
+
+def _pack_all(work: Work, recipe: Recipe, shards: list[Summary], target: Path) -> list[Summary]:
+    """The packing index of each set. Sources are packed one by one, so that every row is of one source."""
+    items = [
+        {
+            "set": name,
+            "sources": {
+                source: [shard["number"] for shard in shards if (shard["set"], shard["source"]) == (name, source)]
+                for source in _sources(recipe)
+            },
+        }
+        for name in SETS
+    ]
+    lengths = work.step("shuffle")
+    task = partial(_pack, lengths=lengths, target=target, row_tokens=recipe.shards.sequence_length)
+    return work.each("pack", items, task, "sets")
+
+
+def _pack(number: int, item: dict[str, Any], step: Step, lengths: Step, target: Path, row_tokens: int) -> Summary:
+    """Write the packing index of a set; the rows of each source."""
+    empty = np.empty(0, np.int64)
+    found = {
+        source: np.concatenate([empty, *(read_columns(lengths.file(one, "arrow"))["length"] for one in numbers)])
+        for source, numbers in item["sources"].items()
+    }
+    packed = {source: pack(values, row_tokens) for source, values in found.items()}
+    name = f"{item['set']}/packing.arrow"
+    with writing(target / name) as path:
+        write_index(joined(list(packed.values()), [len(values) for values in found.values()]), path)
+    rows = {source: index.num_rows for source, index in packed.items()}
+    return {"set": item["set"], "name": name, "facts": facts(target / name), "rows_per_source": rows}
+
+
+# The manifest
+
+
+def _manifest(stage: StageRun, shards: list[Summary], packed: list[Summary]) -> dict[str, Any]:
+    loaded = load_tokenizer(mirror.here(stage.input("tokenizer") / "tokenizer"))
     return {
         "schema_version": SCHEMA_VERSION,
         "tokenizer_fingerprint": fingerprint(loaded),
         "vocab_size": len(loaded),
         "pad_id": loaded.pad_token_id,
-        "sequence_length": recipe.shards.sequence_length,
-        **{name: _totals([file for file in files if file["name"].startswith(f"{name}/")]) for name in SETS},
+        "bos_id": None,  # nothing stands before a document
+        "eos_id": loaded.eos_token_id,  # once, at the end of each; there is no other special token
+        "sequence_length": stage.recipe.shards.sequence_length,
+        **{one["set"]: _of_set([shard for shard in shards if shard["set"] == one["set"]], one) for one in packed},
     }
 
 
-def _totals(files: list[dict[str, Any]]) -> dict[str, Any]:
-    per_source: Counter = Counter()
-    for file in files:
-        per_source.update(file["tokens"])
+def _of_set(shards: list[Summary], packed: Summary) -> dict[str, Any]:
+    sources = packed["rows_per_source"]
     return {
-        "documents": sum(file["documents"] for file in files),
-        "tokens": per_source.total(),
-        "tokens_per_source": dict(sorted(per_source.items())),
-        "text_bytes": sum(file["text_bytes"] for file in files),
-        "files": files,
+        **{key: sum(shard[key] for shard in shards) for key in SET_KEYS},
+        "rows": sum(sources.values()),
+        "sources": {
+            source: {"rows": rows, **{key: _sum(shards, source, key) for key in SET_KEYS}}
+            for source, rows in sources.items()
+        },
+        "files": {one["name"]: {"bytes": one["facts"][0], "sha256": one["facts"][1]} for one in [*shards, packed]},
     }
 
 
-def _index(folder: Path, sequence_length: int) -> int:
-    """Write the packing index beside the shards; how many rows it has."""
-    index = pack(Shards(folder).lengths(), sequence_length)
-    write_index(index, folder / "packing.arrow")
-    return index.num_rows
+def _sum(shards: list[Summary], source: str, key: str) -> int:
+    return sum(shard[key] for shard in shards if shard["source"] == source)
 
 
 def _refuse_too_little(manifest: dict[str, Any]) -> None:
@@ -196,12 +287,69 @@ def _outcome(manifest: dict[str, Any]) -> Outcome:
     )
 
 
+# Reading it again
+
+
+def read_manifest(tokens: Path) -> dict[str, Any]:
+    """What is in a folder of token shards. BadInput names what is missing, foreign, damaged or of another version."""
+    folder = mirror.here(tokens)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = {name: about for one in SETS for name, about in manifest[one]["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(Problem(f"{folder / 'manifest.json'} is missing or damaged: {error!r}", REMEDY)) from None
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        what = f"{folder} has schema version {manifest['schema_version']}, this is version {SCHEMA_VERSION}"
+        raise BadInput(Problem(what, REMEDY))
+    if problems := [*_foreign(folder, files), *_partial(folder, files)]:
+        raise BadInput(*problems)
+    return manifest
+
+
+def verify(tokens: Path, manifest: dict[str, Any], cpus: float) -> None:
+    """Compare every file with its SHA-256, in tasks on the cluster. BadInput names those that differ."""
+    import ray
+
+    compare = ray.remote(num_cpus=cpus, scheduling_strategy="SPREAD")(_damaged)
+    work = [compare.remote(tokens, name, about) for one in SETS for name, about in manifest[one]["files"].items()]
+    if damaged := [name for name in ray.get(work) if name]:
+        raise BadInput(*(Problem(f"{tokens / name} is damaged: its SHA-256 is another", REMEDY) for name in damaged))
+
+
+REMEDY = "restore it, or make it again: --from shards with the stage's done.json removed"
+
+
+def _foreign(folder: Path, files: dict[str, Any]) -> list[Problem]:
+    """Shards that the manifest doesn't name: they would be read like the others."""
+    found = [path.relative_to(folder).as_posix() for name in SETS for path in (folder / name).glob("*.arrow")]
+    return [Problem(f"{folder / name} isn't in the manifest", "move it away") for name in sorted({*found} - {*files})]
+
+
+def _partial(folder: Path, files: dict[str, Any]) -> list[Problem]:
+    problems = []
+    for name, about in files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != about["bytes"]:
+            said = "is missing" if size is None else f"has {size:,} of {about['bytes']:,} bytes"
+            problems.append(Problem(f"{folder / name} {said}", REMEDY))
+    return problems
+
+
+def _damaged(tokens: Path, name: str, about: dict[str, Any]) -> str | None:
+    """The file's name if its bytes aren't those of the manifest."""
+    return None if facts(mirror.here(tokens) / name) == [about["bytes"], about["sha256"]] else name
+
+
 STAGE = Stage(
     name="shards",
-    version=1,
+    version=2,
     needs=("ingest", "tokenizer"),
     artefacts=("tokens",),
-    identity=lambda recipe: {**recipe.shards.identity(), "held_out": recipe.held_out},
+    identity=lambda recipe: {
+        **recipe.shards.identity(),
+        "held_out": recipe.held_out,
+        "sources": _sources(recipe),  # their order is that of the rows
+    },
     demand=lambda recipe: Demand(cpus=recipe.shards.cpus_per_task),
     run=run,
 )

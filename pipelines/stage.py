@@ -27,12 +27,16 @@ class Demand:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished stage has to say: two cells of the table, the figure that matters, and numbers for programs."""
+    """What a finished stage has to say: two cells of the table, the figure that matters, and numbers for programs.
+
+    tables: rows for the dashboards, by the table's name.
+    """
 
     read: str
     wrote: str
     figure: str
     metrics: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

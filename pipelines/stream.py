@@ -25,7 +25,7 @@ from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
 from cluster import mirror
-from llm.order import batch_rows
+from llm.order import Mixture, batch_rows, spread
 from llm.packing import RowReader
 from pipelines.schema import TrainingSettings
 
@@ -44,11 +44,14 @@ class RowStream:
     first_step: int
     last_step: int
     seed: int
+    mixture: Mixture | None = None
 
     @classmethod
-    def of(cls, folder: Path, pad_id: int, settings: TrainingSettings, seed: int) -> RowStream:
+    def of(
+        cls, folder: Path, pad_id: int, settings: TrainingSettings, seed: int, mixture: Mixture | None = None
+    ) -> RowStream:
         """All steps of a training stage."""
-        return cls(str(folder), pad_id, settings.global_batch, settings.workers, 0, settings.steps, seed)
+        return cls(str(folder), pad_id, settings.global_batch, settings.workers, 0, settings.steps, seed, mixture)
 
     @property
     def _reader(self) -> RowReader:
@@ -57,7 +60,7 @@ class RowStream:
 
     def rows_of_batch(self, step: int) -> np.ndarray:
         """Row ids of a global batch, in the order in which workers take them. An id below 0 is filler."""
-        return batch_rows(step, self.global_batch, self._reader.index.num_rows, self.seed)
+        return batch_rows(step, self.global_batch, self._reader.index.num_rows, self.seed, self.mixture)
 
     def spans(self) -> list[tuple[int, int]]:
         """Ranges of steps whose rows make a block."""
@@ -92,23 +95,28 @@ class RowStream:
 
 @dataclass(frozen=True)
 class HeldOutRows(RowStream):
-    """The first `num_rows` rows of a held-out set, in order, filled up with empty rows to whole batches."""
+    """`num_rows` rows of a held-out set, spread evenly over it, filled up with empty rows to whole batches."""
 
     num_rows: int = 0
 
     @classmethod
-    def first(cls, num_rows: int, folder: Path, pad_id: int, settings: TrainingSettings) -> HeldOutRows:
-        """The first `num_rows` rows of the set in `folder`, a forward pass of every worker at a time."""
+    def of_set(cls, num_rows: int, folder: Path, pad_id: int, settings: TrainingSettings) -> HeldOutRows:
+        """`num_rows` rows of the set in `folder`, a forward pass of every worker at a time."""
         batch = settings.forward_rows * settings.workers
-        return cls(str(folder), pad_id, batch, settings.workers, 0, math.ceil(num_rows / batch), 0, num_rows)
+        steps = math.ceil(num_rows / batch)
+        return cls(str(folder), pad_id, batch, settings.workers, 0, steps, 0, num_rows=num_rows)
+
+    @property
+    def _chosen(self) -> np.ndarray:
+        return spread(self.num_rows, self._reader.index.num_rows)
 
     def targets(self) -> int:
         """How many tokens of these rows carry loss."""
-        return int(self._reader.index.targets(np.arange(self.num_rows)).sum())
+        return int(self._reader.index.targets(self._chosen).sum())
 
     def rows_of_batch(self, step: int) -> np.ndarray:
-        rows = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
-        return np.where(rows < self.num_rows, rows, -1)
+        rows = self._chosen[step * self.global_batch : (step + 1) * self.global_batch]
+        return np.concatenate([rows, np.full(self.global_batch - len(rows), -1, dtype=np.int64)])
 
 
 @lru_cache(maxsize=4)

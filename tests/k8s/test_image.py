@@ -91,7 +91,7 @@ def test_the_build_has_what_it_needs_and_nothing_else_of_the_checkout():
     copied = {source for words in map(str.split, rest_of("COPY")) if words[0][0] != "-" for source in words[:-1]}
     project = PROJECT["project"]
     needed = {
-        *PROJECT["tool"]["setuptools"]["packages"],
+        *{name.split(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]},
         "pyproject.toml",
         project["readme"],
         *project["license-files"],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llm.order import batch_rows, permute, stream_rows
+from llm.order import Mixture, batch_rows, mix_of, mixed_rows, permute, spread, stream_rows
 
 GOLDEN = [13, 39, 28, 2, 74, 38, 35, 57]
 
@@ -42,3 +42,47 @@ def test_seed_decides_the_order():
 def test_order_does_not_change_between_versions():
     # A run resumed by a later version must go on in the order in which it began.
     assert stream_rows(np.arange(8), 100, seed=1337).tolist() == GOLDEN
+
+
+def test_a_mixture_has_its_weights_to_the_row_and_every_row_equally_often():
+    mixture = mix_of(np.array([100, 40, 7]), np.array([0.5, 0.25, 0.25]), positions=80, max_epochs=4)
+    assert mixture.share.tolist() == [40, 20, 20]
+    assert mixture.epochs(80).tolist() == pytest.approx([0.4, 0.5, 20 / 7])
+    rows = mixed_rows(np.arange(160), mixture, seed=3)
+    assert [int(((rows >= low) & (rows < high)).sum()) for low, high in ((0, 100), (100, 140), (140, 147))] == [
+        80,
+        40,
+        40,
+    ]
+    times = np.bincount(rows, minlength=147)
+    assert set(times[:100]) == {0, 1}, "no row twice before each came once"
+    assert set(times[100:140]) == {1}
+    assert set(times[140:]) == {5, 6}
+    whole = mixed_rows(np.arange(80), mixture, seed=3)
+    assert mixed_rows(np.array([79, 5]), mixture, seed=3).tolist() == whole[[79, 5]].tolist(), "entered anywhere"
+
+
+def test_a_source_that_is_all_read_leaves_its_share_to_the_others():
+    mixture = mix_of(np.array([10, 1000, 1000]), np.array([2.0, 1.0, 1.0]), positions=100, max_epochs=2)
+    assert mixture.share.tolist() == [20, 40, 40]
+    with pytest.raises(ValueError, match=r"100 rows are wanted, 60 are there in 2 epochs"):
+        mix_of(np.array([10, 20, 1000]), np.array([2.0, 1.0, 0.0]), positions=100, max_epochs=2)
+
+
+def test_shares_are_whole_and_none_is_lost():
+    for positions in range(1, 40):
+        share = mix_of(np.array([100, 100, 100]), np.array([1, 1, 1e-3]), positions, max_epochs=4).share
+        assert share.sum() == positions
+        assert np.abs(share - positions * np.array([1, 1, 1e-3]) / 2.001).max() < 1
+
+
+def test_mixture_batches_are_cut_from_one_stream():
+    mixture = Mixture(np.array([10, 4]), np.array([5, 5]))
+    batches = np.concatenate([batch_rows(step, 4, 14, 1, mixture) for step in range(10)])
+    assert batches.tolist() == mixed_rows(np.arange(40), mixture, 1).tolist()
+
+
+def test_spread_is_even_and_in_order():
+    assert spread(4, 10).tolist() == [0, 2, 5, 7]
+    assert spread(9, 3).tolist() == [0, 1, 2]
+    assert spread(3, 0).tolist() == []

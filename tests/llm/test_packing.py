@@ -79,7 +79,7 @@ def test_shards_read_as_one_sequence_of_documents(shard_set):
     assert shards.lengths().tolist() == [3, 5, 1, 9]
     assert shards.tokens(1, 2, 3).tolist() == [22, 23, 24]
     assert shards.tokens(3, 0, 2).tolist() == [40, 41]
-    assert shards.flat(10).tolist() == [10, 11, 12, 20, 21, 22, 23, 24, 30, 40]
+    assert shards.flat(10).tolist() == [10, 11, 12, 20, 21, 30, 40, 41, 42, 43, 44]  # as large a share of both shards
 
 
 def test_ids_beyond_16_bits_survive(tmp_path):

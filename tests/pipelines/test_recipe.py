@@ -98,7 +98,7 @@ def test_the_resolved_recipe_loads_as_the_same_recipe(tmp_path):
         ("model.preset=tiny", {"pretrain"}),
         ("pretrain.dtype=bf16", {"pretrain"}),
         ("held_out=0.2", {"tokenizer", "shards"}),
-        ("sft.held_out=0.2", {"sft"}),
+        ("sft.held_out=0.2", {"ingest", "sft"}),
         ("rlhf.clip=0.3", {"rlhf"}),
         ("rank.answers=5", {"rank"}),
         ("evaluate.slots=2", set()),

@@ -1,6 +1,7 @@
 """Where raw text comes from: a source resolved to files with stable addresses, and a crawler for Python's own docs.
 
     a folder or file        file:REL                           names are relative to the folder
+    s3://BUCKET/PREFIX      s3://BUCKET/PREFIX/REL             objects below it, or the one there
     package:NAME/FOLDER     package:NAME/FOLDER/REL            files inside an installed package
     stdlib:                 stdlib:REL                         the source of Python's standard library
     pydoc:                  http://pydoc.localhost/PAGE        pages of the `pydoc` server, kept in a WARC file
@@ -35,10 +36,12 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import urldefrag, urljoin
 
+from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
 from cluster.progress import Report
 from cluster.runs import canonical_hash
 from llm.files import hash_file
+from pipelines.corpus.web import read_block_list
 from pipelines.schema import Source
 
 PACKAGE, STDLIB, PYDOC = "package:", "stdlib:", "pydoc:"
@@ -65,11 +68,15 @@ CRAWL_DEADLINE_S = 600.0
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source; `url` is its address, the same wherever the source lies. `size` in bytes."""
+    """One file of a source; `url` is its address, the same wherever the source lies.
+
+    size: in bytes; 0 where it can't be told. changed: when, in nanoseconds; 0 for what came with a package.
+    """
 
     path: Path
     url: str
     size: int
+    changed: int = 0
 
 
 def is_crawled(source: Source) -> bool:
@@ -87,10 +94,7 @@ def resolve(source: Source) -> list[SourceFile]:
 
     Where `max_files` cuts, the files kept are spread evenly over that order.
     """
-    base, prefix = _locate(source)
-    found = [_describe(base, path, prefix) for path in _list(source, base) if _included(source, path)]
-    if not found:
-        raise BadInput(_nothing_found(source, base))
+    found = _in_storage(source) if source.path.startswith(mirror.SCHEME) else _on_disk(source)
     return _spread(sorted(found, key=lambda file: file.url), source.max_files)
 
 
@@ -102,7 +106,8 @@ def fingerprint(source: Source, verify: bool = False) -> str:
     """
     if is_crawled(source):
         return canonical_hash([_python(), pages_wanted(source)])
-    return canonical_hash([_version(source), [_identify(source, file, verify) for file in resolve(source)]])
+    files = [_identify(source, file, verify) for file in resolve(source)]
+    return canonical_hash([_version(source), files, *_block_list(source)])
 
 
 def crawl_pydoc(warc: Path, max_pages: int, report: Report) -> int:
@@ -122,7 +127,35 @@ def crawl_pydoc(warc: Path, max_pages: int, report: Report) -> int:
     return kept
 
 
+# Sources in object storage
+
+
+def _in_storage(source: Source) -> list[SourceFile]:
+    """The objects below an address, or the one at it. Their paths are where `mirror.fetch` puts them."""
+    base = mirror.local(source.path)
+    whole = [
+        SourceFile(path, mirror.shown(path), size, changed)
+        for path, size, changed in mirror.found(base)
+        if _named(path.relative_to(base)) and _included(source, path.relative_to(base))
+    ]
+    if not whole:
+        raise BadInput(_nothing_found(source, mirror.shown(base)))
+    return whole
+
+
+def _named(path: Path) -> bool:
+    return not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
 # Sources on disk
+
+
+def _on_disk(source: Source) -> list[SourceFile]:
+    base, prefix = _locate(source)
+    found = [_describe(base, path, prefix) for path in _list(source, base) if _included(source, path)]
+    if not found:
+        raise BadInput(_nothing_found(source, base))
+    return found
 
 
 def _locate(source: Source) -> tuple[Path, str]:
@@ -171,7 +204,8 @@ def _list_folder(source: Source, base: Path) -> Iterator[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
         for name in names:
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
+            # A link that leads nowhere, or to itself, is listed: reading it then says what is wrong.
+            if not name.startswith(".") and (path.is_symlink() or path.is_file()):
                 yield path.relative_to(base)
 
 
@@ -195,10 +229,14 @@ def _describe(base: Path, path: Path, prefix: str) -> SourceFile:
         name.encode()
     except UnicodeEncodeError:
         raise BadInput(Problem(f"the file name {os.fsencode(whole)!r} is not UTF-8", "rename the file")) from None
-    return SourceFile(whole, prefix + name, whole.stat().st_size)
+    try:
+        about = whole.stat()
+    except OSError:
+        return SourceFile(whole, prefix + name, 0)
+    return SourceFile(whole, prefix + name, about.st_size, about.st_mtime_ns)
 
 
-def _nothing_found(source: Source, base: Path) -> Problem:
+def _nothing_found(source: Source, base: Path | str) -> Problem:
     if source.include:
         patterns = ", ".join(source.include)
         return Problem(f"source '{source.name}': no file under {base} matches {patterns}", "check `include`")
@@ -238,10 +276,19 @@ def _identify(source: Source, file: SourceFile, verify: bool) -> list[str | int]
     """What one file adds to the fingerprint. The times of installed files say when they were installed, so they
     don't count."""
     if verify:
-        return [file.url, hash_file(file.path)]
+        return [file.url, hash_file(mirror.fetch(file.path))]
     if source.path.startswith((PACKAGE, STDLIB)):
         return [file.url, file.size]
-    return [file.url, file.size, file.path.stat().st_mtime_ns]
+    return [file.url, file.size, file.changed]
+
+
+def _block_list(source: Source) -> list[str]:
+    """What names the block list's content, if there is one. BadInput if it can't be read."""
+    if source.block_list is None:
+        return []
+    path = Path(source.block_list).expanduser()
+    read_block_list(path)
+    return [hash_file(path)]
 
 
 # The crawl

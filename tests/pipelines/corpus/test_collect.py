@@ -11,9 +11,10 @@ import pytest
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
 from cluster.errors import BadInput, StageFailed
-from pipelines import collect
-from pipelines.collect import PYDOC_ADDRESS, crawl_pydoc, fingerprint, resolve
-from pipelines.readers import Bounds, Document, Origin, read_file
+from pipelines.corpus import collect
+from pipelines.corpus.collect import PYDOC_ADDRESS, crawl_pydoc, fingerprint, resolve
+from pipelines.corpus.readers import read_file
+from pipelines.corpus.records import Page
 from pipelines.schema import Source
 
 
@@ -182,11 +183,12 @@ def test_two_crawls_give_the_same_documents_which_name_no_place(tmp_path, monkey
     for name in ("one", "two"):
         warc = tmp_path / name / "docs.warc.gz"
         crawl_pydoc(warc, 6, lambda done, note="": None)
-        documents.append(list(read_file(warc, "crawl:docs.warc.gz", Origin("docs", "web", ""), Bounds(32, 10**6))))
+        source = Source(name="docs", kind="web", path="pydoc:")
+        documents.append(list(read_file(warc, "crawl:docs.warc.gz", source)))
     assert documents[0] == documents[1]
     assert len(documents[0]) == 6
     for document in documents[0]:
-        assert isinstance(document, Document)
+        assert isinstance(document, Page)
         assert document.url.startswith("http://pydoc.localhost/topic?key=")
         assert sysconfig.get_path("stdlib") not in document.text
         assert "Module Index" not in document.text

@@ -1,0 +1,227 @@
+"""Work in partitions: each leaves its files, then a marker that says what came of it. What has one isn't done again.
+
+    work/STEP/NNNNN.NAME.arrow    what partition N leaves to later steps
+    work/STEP/NNNNN.json          its marker, written last
+
+Ray Data runs one task a partition. No text passes through the driver or the object store: tasks read files and write
+files. What a task writes depends on its partition alone, so it may be run again, anywhere, and the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import logging
+import os
+import traceback
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster import mirror
+from cluster.errors import BadInput, Problem, StageFailed, Stopped
+from cluster.progress import progress
+from cluster.runs import StageFolder, remove, stop_is_asked, write_json
+from llm.files import hash_file
+from llm.shardfile import read_arrow, write_arrow
+
+log = logging.getLogger("headwater")
+
+Summary = dict[str, Any]  # what a task says of its partition: JSON values
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the partitions of a step leave their files."""
+
+    folder: Path
+
+    def file(self, number: int, name: str) -> Path:
+        return self.folder / f"{number:05d}.{name}"
+
+    def files(self, name: str = "arrow") -> list[Path]:
+        """The files of that name of all partitions, in order."""
+        numbers = sorted(one for one in mirror.children(self.folder) if one.endswith(f".{name}"))
+        return [self.folder / one for one in numbers]
+
+    def marker(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.json"
+
+
+Task = Callable[[int, dict[str, Any], Step], Summary]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The steps of a stage at work. `cpus`: what each of its tasks claims."""
+
+    stage: StageFolder
+    cpus: float
+
+    def step(self, name: str) -> Step:
+        return Step(self.stage.work / name)
+
+    def each(self, name: str, items: list[dict[str, Any]], task: Task, unit: str = "parts") -> list[Summary]:
+        """Do `task(number, item, step)` for each of `items`, those that have a marker left out; all their summaries.
+
+        BadInput and StageFailed that a task raises end the work; a full or forbidden disk is told with its remedy.
+        Stopped if that is asked for: what is done is kept.
+        """
+        step = self.step(name)
+        step.folder.mkdir(parents=True, exist_ok=True)
+        found = _done(step, len(items))
+        waiting = [number for number in range(len(items)) if number not in found]
+        sizes = [item.get("size", 1) for item in items]
+        done = sum(sizes[number] for number in found)
+        with progress(name, sum(sizes), unit) as report, closing(self._run(step, items, waiting, task)) as rows:
+            for row in rows:
+                if stop_is_asked(self.stage.path):
+                    raise Stopped(f"{self.stage.name} was asked to stop; the parts that are done are kept")
+                self._raise_told(row, name)
+                found[row["number"]] = json.loads(row["said"])
+                done += sizes[row["number"]]
+                report(done)
+        return [found[number] for number in range(len(items))]
+
+    def forget(self, name: str) -> None:
+        """Take a step's files away: no later step reads them."""
+        remove(self.step(name).folder)
+
+    def _raise_told(self, row: dict[str, Any], name: str) -> None:
+        if row["bad"]:
+            raise BadInput(*(Problem(*problem) for problem in json.loads(row["bad"])))
+        if row["errno"]:
+            raise StageFailed(disk_problem(OSError(row["errno"], row["said"]), self.stage.path))
+        if row["trace"]:
+            log.error("part %d of step '%s':\n%s", row["number"], name, row["trace"])
+            problem = Problem(
+                f"{self.stage.name}: part {row['number']} of step '{name}' failed: {row['said']}",
+                "the whole traceback is in logs/driver.log of the stage; the parts that are done are kept",
+            )
+            raise StageFailed(problem)
+
+    def _run(
+        self, step: Step, items: list[dict[str, Any]], waiting: list[int], task: Task
+    ) -> Generator[dict[str, Any], None, None]:
+        """Closing it ends the work."""
+        import ray.data
+        import ray.data.exceptions
+        import ray.exceptions
+
+        if not waiting:
+            return
+        rows = [{"number": number, "item": json.dumps(items[number])} for number in waiting]
+        work = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+            partial(_do, step=step, task=task), num_cpus=self.cpus
+        )
+        try:
+            yield from work.iter_rows()
+        except (ray.exceptions.RayError, ray.data.exceptions.UserCodeException) as error:
+            said = str(error).strip().splitlines()[-1]
+            problem = Problem(
+                f"{self.stage.name}: a task of step '{step.folder.name}' failed: {said}", "see Ray's log"
+            )
+            raise StageFailed(problem) from error
+
+
+# Files of a step
+
+
+def write_table(path: Path, **columns: np.ndarray | pa.Array) -> None:
+    """Write an Arrow file of these columns, whole or not there, and send it where other machines find it."""
+    with writing(path) as partial_path:
+        write_arrow(partial_path, pa.table(columns))
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """The numbers in a file that `write_table` wrote, mapped into memory."""
+    table = read_arrow(mirror.fetch(path))
+    if not table.num_rows:
+        return {name: np.empty(0, table.schema.field(name).type.to_pandas_dtype()) for name in table.column_names}
+    return {name: table.column(name).chunk(0).to_numpy() for name in table.column_names}
+
+
+def in_range(path: Path, key: str, low: int, high: int) -> dict[str, np.ndarray]:
+    """Rows of a file sorted by the uint64 column `key` for which low <= key < high. `high` may be 2^64."""
+    columns = read_columns(path)
+    first = np.searchsorted(columns[key], np.uint64(low))
+    last = len(columns[key]) if high == 1 << 64 else np.searchsorted(columns[key], np.uint64(high))
+    return {name: values[first:last] for name, values in columns.items()}
+
+
+def gather(paths: list[Path], key: str, low: int, high: int) -> dict[str, np.ndarray]:
+    """The rows of all those files for which low <= key < high, file after file."""
+    parts = [in_range(path, key, low, high) for path in paths]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def ranges(count: int) -> list[dict[str, Any]]:
+    """The uint64 numbers in `count` ranges of one size, as items of a step (as text: JSON's numbers may be floats)."""
+    bounds = [(number << 64) // count for number in range(count + 1)]
+    return [{"low": str(low), "high": str(high)} for low, high in itertools.pairwise(bounds)]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A path to write to; when the block ends the file appears as `path`, and is sent where others find it."""
+    partial_path = path.with_name(f".partial-{uuid.uuid4().hex}")
+    mirror.make(path.parent)
+    try:
+        yield partial_path
+        os.replace(partial_path, path)
+        mirror.send(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def facts(path: Path) -> list[Any]:
+    """Bytes and SHA-256 of a file, as `StageFolder.publish` wants them."""
+    return [path.stat().st_size, hash_file(path)]
+
+
+# In a task
+
+
+def _do(row: dict[str, Any], step: Step, task: Task) -> dict[str, Any]:
+    """Errors that the user can act on are told, not raised: Ray would try again."""
+    number = int(row["number"])
+    told = {"number": number, "said": "", "errno": 0, "bad": "", "trace": ""}
+    try:
+        summary = task(number, json.loads(row["item"]), step)
+        write_json(step.marker(number), summary)
+    except OSError as error:
+        return {**told, "errno": error.errno or errno.EIO, "said": str(error)}
+    except BadInput as error:
+        return {
+            **told,
+            "bad": json.dumps([[one.what, one.remedy] for one in error.problems if isinstance(one, Problem)]),
+        }
+    except Exception as error:
+        return {**told, "said": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    return {**told, "said": json.dumps(summary)}
+
+
+def _done(step: Step, count: int) -> dict[int, Summary]:
+    """Summaries of the partitions that have a marker."""
+    names = {name for name in mirror.children(step.folder) if name.endswith(".json")}
+    numbers = [number for number in range(count) if step.marker(number).name in names]
+    return {number: json.loads(mirror.read(step.marker(number))) for number in numbers}
+
+
+def disk_problem(error: OSError, folder: Path) -> Problem:
+    """A failure to write under `folder` as something that the user can act on."""
+    remedies = {
+        errno.ENOSPC: "free some space there, or use --runs with a roomier folder",
+        errno.EDQUOT: "raise the quota, or use --runs with a roomier folder",
+        errno.ENOENT: "put --runs on storage that every machine of the cluster sees under the same path",
+    }
+    remedy = remedies.get(error.errno or 0, "use --runs with a folder that you can write to")
+    return Problem(f"cannot write under {folder}: {error}", remedy)
