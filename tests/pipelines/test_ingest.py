@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 import os
+import random
 import resource
 import shutil
 import signal
@@ -36,6 +37,7 @@ from tests.pipelines.corpus.in_process import InProcess
 
 PROSE = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
 OTHER = "However little known the feelings of such a man may be on his first entering a neighbourhood, it is so.\n"
+WORDS = [f"word{letter}{other}" for letter in "abcdefghij" for other in "klmnopqrst"]
 PROGRAM = "def answer() -> int:\n    return 6 * 7\n"
 
 
@@ -281,9 +283,8 @@ def test_killed_before_any_task_it_goes_on_and_the_bytes_are_the_same(here, corp
 def test_a_killed_command_goes_on_with_what_is_done(tmp_path):
     """SIGKILL to the driver, a real Ray; the same command ends with the bytes of one that was left alone."""
     for number in range(24):
-        lines = "".join(
-            f"Line {line} of file {number} says the number {line * number} of them all.\n" for line in range(4000)
-        )
+        draw = random.Random(number)
+        lines = "".join(" ".join(draw.choices(WORDS, k=12)) + ".\n" for _ in range(4000))
         (tmp_path / "corpus" / f"{number:02d}").mkdir(parents=True)
         (tmp_path / "corpus" / f"{number:02d}" / "book.txt").write_text(lines)
     settings = (f"ingest.folder={tmp_path / 'corpus'}", "ingest.folder_licence=unknown", "wandb.enabled=false")

@@ -99,9 +99,6 @@ def test_code_carries_its_language_and_keeps_its_indentation(tmp_path):
     found = only(tmp_path / "a.py", b"\n    def f():\n\treturn 1\n")
     assert found.text == "\n    def f():\n\treturn 1\n"
     assert found.meta == {"language": "python", "path": "a.py", "repository": "file:"}
-        "\n    def f():\n\treturn 1\n",
-        {"language": "python", "path": "a.py", "repository": "file:"},
-    )
 
 
 @pytest.mark.parametrize("name", ["a.parquet.gz", "a.warc.xz"])
