@@ -16,8 +16,22 @@ class ConversationSource(Settings):
         doc="a JSONL or Parquet file or a folder of them, with `messages` or `prompt` and `completion`; "
         "'arithmetic:' for sums made by a rule; 'chitchat:' for small talk between people (chitchat-dataset)"
     )
-    licence: str = identity("unknown", "licence of the text, carried by every conversation")
+    licence: str | None = identity(None, "licence of the text, carried by every conversation; 'unknown' if it is that")
     max_conversations: int | None = identity(None, "take at most this many, the first ones", ge=1)
+
+
+class PreferenceSource(Settings):
+    """One body of preferences of people: of two answers to a prompt, which is the better."""
+
+    name: str = identity(
+        doc="short name, by which the rankings made of it say who ranked", pattern=r"^[a-z0-9][a-z0-9._-]*$"
+    )
+    path: str = placement(
+        doc="a JSONL or Parquet file or a folder of them, local or s3://, in TRL's preference format: `prompt`, "
+        "`chosen` and `rejected`, texts or lists of messages"
+    )
+    licence: str | None = identity(None, "licence of the text; 'unknown' if it is not known")
+    max_preferences: int | None = identity(None, "take at most this many, the first ones", ge=1)
 
 
 class AnswerSettings(Settings):
@@ -37,6 +51,7 @@ class RankSettings(AnswerSettings):
     answers: int = identity(4, "answers to each prompt", ge=2, le=64)
     judge: str = identity("asks-back", f"who ranks them: one of {', '.join(JUDGES)}")
     held_out: float = identity(0.1, "share of the prompts kept from training, chosen by hash of id", gt=0, le=0.5)
+    preferences: tuple[PreferenceSource, ...] = identity((), "preferences of people, added to the rankings")
 
     actors: int = placement(1, "processes that write answers, each with an engine of its own", ge=1)
     cpus_per_actor: float = placement(1, "CPUs that each of them claims", gt=0)

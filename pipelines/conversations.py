@@ -29,7 +29,7 @@ from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
 from cluster.runs import canonical_hash
 from llm.chat import check_messages
-from pipelines.alignment import ConversationSource
+from pipelines.alignment import ConversationSource, PreferenceSource
 from pipelines.corpus import collect
 from pipelines.documents import is_held_out
 from pipelines.schema import SftSettings, Source
@@ -98,7 +98,7 @@ def read(source: ConversationSource) -> Iterator[Conversation | LeftOut]:
         taken += isinstance(item, Conversation)
         yield item
     if faults:
-        raise BadInput(*_told(source, faults))
+        raise BadInput(*told(source, faults))
 
 
 def fingerprint(source: ConversationSource, verify: bool = False) -> str:
@@ -110,8 +110,25 @@ def fingerprint(source: ConversationSource, verify: bool = False) -> str:
         return canonical_hash([ARITHMETIC, RULE_VERSIONS[ARITHMETIC]])
     if source.path == CHITCHAT:
         return canonical_hash([CHITCHAT, RULE_VERSIONS[CHITCHAT], _chitchat_version(source)])
-    _files(source)
+    return files_fingerprint(source, verify)
+
+
+def files_fingerprint(source: ConversationSource | PreferenceSource, verify: bool = False) -> str:
+    """Names the content of a user's files, as `fingerprint` does. BadInput if there are none."""
+    files_of(source)
     return collect.fingerprint(_as_files(source), verify)
+
+
+def unlicensed(sources: Iterable[ConversationSource | PreferenceSource], setting: str) -> list[Problem]:
+    """Sources of which nobody said under what licence they are; `setting` names their list in the recipe."""
+    return [
+        Problem(
+            f"{setting}: source '{source.name}' ({source.path}) declares no licence",
+            "add `licence: ...` to the source, or 'unknown' there to take it all the same",
+        )
+        for source in sources
+        if not source.licence
+    ]
 
 
 def write(found: Iterable[Conversation | LeftOut], folder: Path, held_out_share: float) -> Counts:
@@ -168,7 +185,7 @@ def _everything(source: ConversationSource) -> Iterator[Conversation | LeftOut |
 def _made(source: ConversationSource, of: Any, messages: list[Message], task: Task | None = None) -> Conversation:
     """A conversation whose id begins with the hash of `of`: what it must be held out together with."""
     together, own = canonical_hash(of), canonical_hash([messages, task])
-    return Conversation(together[:8] + own[:24], messages, source.name, source.licence, task)
+    return Conversation(together[:8] + own[:24], messages, source.name, source.licence or "unknown", task)
 
 
 # Sums, made by a rule
@@ -285,8 +302,8 @@ SUFFIXES = (".jsonl", ".parquet")
 
 def _from_files(source: ConversationSource) -> Iterator[Conversation | Fault]:
     """One conversation a row, or what is wrong with the row."""
-    for file in _files(source):
-        for line, row in _rows(file.path):
+    for file in files_of(source):
+        for line, row in rows_of(file.path):
             try:
                 messages, task = _checked(row)
             except ValueError as error:
@@ -295,9 +312,9 @@ def _from_files(source: ConversationSource) -> Iterator[Conversation | Fault]:
                 yield _made(source, messages, messages, task)
 
 
-def _files(source: ConversationSource) -> list[collect.SourceFile]:
+def files_of(source: ConversationSource | PreferenceSource) -> list[collect.SourceFile]:
     """The files of a user's source, in order. BadInput if there are none."""
-    if re.match(r"[a-z][a-z0-9+.-]+:", source.path):
+    if re.match(r"[a-z][a-z0-9+.-]+:", source.path) and not source.path.startswith(mirror.SCHEME):
         known = "give a file, a folder, " + " or ".join(RULE_VERSIONS)
         raise BadInput(Problem(f"source '{source.name}': don't know how to read '{source.path}'", known))
     found = [file for file in collect.resolve(_as_files(source)) if file.path.suffix in SUFFIXES]
@@ -307,12 +324,13 @@ def _files(source: ConversationSource) -> list[collect.SourceFile]:
     return found
 
 
-def _as_files(source: ConversationSource) -> Source:
+def _as_files(source: ConversationSource | PreferenceSource) -> Source:
     return Source(name=source.name, kind="auto", path=source.path)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows with their number; a line that isn't JSON comes as the error that it gives."""
+    path = mirror.fetch(path)
     if path.suffix == ".parquet":
         with pq.ParquetFile(path) as file:
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(ROWS_AT_ONCE))
@@ -377,13 +395,13 @@ def _task(value: Any) -> Task | None:
     return {"answer": str(value["answer"])}
 
 
-def _told(source: ConversationSource, faults: list[Fault]) -> list[Problem]:
+def told(source: ConversationSource | PreferenceSource, faults: list[Fault]) -> list[Problem]:
     """The first faults one by one, the rest by number."""
     remedy = "correct the row or take it out"
-    told = [Problem(f"source '{source.name}': {fault}", remedy) for fault in faults[:MOST_PROBLEMS_SHOWN]]
-    if rest := len(faults) - len(told):
-        told.append(Problem(f"source '{source.name}': {rest:,} more rows that can't be used", remedy))
-    return told
+    problems = [Problem(f"source '{source.name}': {fault}", remedy) for fault in faults[:MOST_PROBLEMS_SHOWN]]
+    if rest := len(faults) - len(problems):
+        problems.append(Problem(f"source '{source.name}': {rest:,} more rows that can't be used", remedy))
+    return problems
 
 
 # Writing

@@ -2,6 +2,7 @@
 
 reads   sft/model                      the chat model, which writes several answers to each prompt
         sft/conversations              whose small talk gives the prompts
+        rank.preferences               preferences of people in TRL's format, which become rankings of two answers
 writes  rankings/train.parquet         one row a prompt: its answers and a rank for each
         rankings/held_out.parquet      the prompts that the reward model doesn't learn from
         answers/part-NNNNN.parquet     while it works: what a stage that was cut off doesn't write again
@@ -26,12 +27,12 @@ from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed, Stopped
 from cluster.progress import progress
 from cluster.runs import canonical_hash, remove, stop_is_asked
-from llm.chat import check_messages, render_turns
+from llm.chat import check_messages, render_conversation, render_turns
 from llm.sampling import SamplingParams
 from llm.vocabulary import load_tokenizer
 from pipelines import conversations
-from pipelines.alignment import AnswerSettings, RankSettings
-from pipelines.conversations import Message
+from pipelines.alignment import AnswerSettings, PreferenceSource, RankSettings
+from pipelines.conversations import Fault, Message
 from pipelines.documents import is_held_out
 from pipelines.judges import JUDGES, Judge, rank
 from pipelines.recipe import Recipe
@@ -249,6 +250,7 @@ class Tally:
         self.ties = 0  # rankings whose answers all share a rank: they teach nothing
         self.cut = 0  # answers that reached the token limit
         self.rankings: Counter[str] = Counter()  # by set
+        self.preferences: Counter[str] = Counter()  # of people, by set
 
     def count(self, name: str, scores: list[float], ranking: dict[str, Any]) -> None:
         self.rankings[name] += 1
@@ -276,8 +278,36 @@ def _judge_all(answers: Path, target: Path, stage: StageRun) -> Tally:
                 tally.count(name, scores, rows[name][-1])
             for name, writer in writers.items():
                 writer.write_table(pa.Table.from_pylist(rows[name], SCHEMA))
+        for source in settings.preferences:
+            for row in _preferences(source, mirror.here(stage.input("sft") / "model")):
+                name = "held_out" if is_held_out(row["id"], settings.held_out) else "train"
+                writers[name].write_table(pa.Table.from_pylist([{**row, "prompt": json.dumps(row["prompt"])}], SCHEMA))
+                tally.preferences[name] += 1
     _refuse_empty(tally)
     return tally
+
+
+def _preferences(source: PreferenceSource, model: Path) -> Iterator[dict[str, Any]]:
+    """The preferences of a source as rankings, but those too long for the model. BadInput names every bad row."""
+    tokenizer, longest, faults, taken = load_tokenizer(model), _context(model), [], 0
+    for file in conversations.files_of(source):
+        for number, row in conversations.rows_of(file.path):
+            if taken == source.max_preferences:
+                break
+            try:
+                [ranking] = from_preferences([row], f"preferences:{source.name}")
+            except ValueError as error:
+                faults.append(Fault(file.path, number, str(error).partition(": ")[2]))
+                continue
+            if max(map(len, (_spoken(tokenizer, ranking, answer) for answer in ranking["answers"]))) <= longest:
+                taken += 1
+                yield ranking
+    if faults:
+        raise BadInput(*conversations.told(source, faults))
+
+
+def _spoken(tokenizer, ranking: dict[str, Any], answer: str) -> list[int]:
+    return render_conversation(tokenizer, [*ranking["prompt"], conversations.message("assistant", answer)])[0]
 
 
 def judged(judge: Judge, row: dict[str, Any]) -> list[float]:
@@ -350,6 +380,8 @@ def from_preferences(rows: Iterable[dict[str, Any]], annotator: str) -> Iterator
 
 def _preference(row: dict[str, Any]) -> tuple[list[Message], str, str]:
     """Prompt, chosen and rejected answer of one row."""
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object: {row!s:.80}")
     chosen, rejected = _turns(row, "chosen", "assistant"), _turns(row, "rejected", "assistant")
     if row.get("prompt") is not None:
         prompt = _turns(row, "prompt", "user")
@@ -388,6 +420,7 @@ def _outcome(found: Found, tally: Tally, stage: StageRun) -> Outcome:
             "prompts_to_choose_from": found.different,
             "prompts_too_long": found.too_long,
             "rankings": dict(tally.rankings),
+            "preferences": dict(tally.preferences),
             "answers": len(tally.scores),
             "cut_off": tally.cut,
             "all_tied": tally.ties,
@@ -401,6 +434,21 @@ def _outcome(found: Found, tally: Tally, stage: StageRun) -> Outcome:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.rank
     return {"seed": recipe.seed, **settings.identity(), "rule": JUDGES[settings.judge].rule}
+
+
+def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
+    return {source.name: conversations.files_fingerprint(source, verify) for source in recipe.rank.preferences}
+
+
+def _check(recipe: Recipe) -> list[Problem]:
+    """What can be seen of the preferences before anything starts."""
+    problems = conversations.unlicensed(recipe.rank.preferences, "rank.preferences")
+    for source in recipe.rank.preferences:
+        try:
+            conversations.files_of(source)
+        except BadInput as error:
+            problems += [problem for problem in error.problems if isinstance(problem, Problem)]
+    return problems
 
 
 def _demand(recipe: Recipe) -> Demand:
@@ -420,4 +468,6 @@ STAGE = Stage(
     identity=_identity,
     demand=_demand,
     run=run,
+    check=_check,
+    sources=_sources,
 )

@@ -152,7 +152,7 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 
 def _check(recipe: Recipe) -> list[Problem]:
     """What can be seen of the sources before anything starts."""
-    problems: list[Problem] = []
+    problems = conversations.unlicensed(recipe.sft.sources, "sft.sources")
     for source in recipe.sft.sources:
         try:
             conversations.fingerprint(source)

@@ -312,8 +312,13 @@ def verify(tokens: Path, manifest: dict[str, Any], cpus: float) -> None:
 
     compare = ray.remote(num_cpus=cpus, scheduling_strategy="SPREAD")(_damaged)
     work = [compare.remote(tokens, name, about) for one in SETS for name, about in manifest[one]["files"].items()]
-    if damaged := [name for name in ray.get(work) if name]:
-        raise BadInput(*(Problem(f"{tokens / name} is damaged: its SHA-256 is another", REMEDY) for name in damaged))
+    refuse_damaged(tokens, [name for name in ray.get(work) if name])
+
+
+def refuse_damaged(tokens: Path, names: list[str]) -> None:
+    """BadInput that names the files, if there are any."""
+    if names:
+        raise BadInput(*(Problem(f"{tokens / name} is damaged: its SHA-256 is another", REMEDY) for name in names))
 
 
 REMEDY = "restore it, or make it again: --from shards with the stage's done.json removed"

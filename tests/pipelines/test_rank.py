@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from cluster.errors import BadInput
 from llm.loading import load
 from pipelines import rank
-from pipelines.alignment import RankSettings
+from pipelines.alignment import PreferenceSource, RankSettings
 from pipelines.conversations import Conversation, message, write
 from pipelines.judges import JUDGES
 from pipelines.rank import Prompt, answers_to, choose_prompts, from_preferences, judged, to_preferences
+from pipelines.recipe import load_recipe
 from tests.models import save_tiny_model
 
 SETTINGS = RankSettings(prompts=3, answers=2, max_new_tokens=8)
@@ -147,3 +149,29 @@ def test_rankings_are_read_back(tmp_path):
     stored = {**one, "prompt": json.dumps(one["prompt"])}
     pq.write_table(pa.Table.from_pylist([stored], rank.SCHEMA), tmp_path / "train.parquet")
     assert list(rank.read_rankings(tmp_path / "train.parquet")) == [one]
+
+
+def test_preferences_of_people_become_rankings_and_every_bad_row_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank, "load_tokenizer", lambda model: None)
+    monkeypatch.setattr(rank, "_context", lambda model: 40)
+    monkeypatch.setattr(rank, "_spoken", lambda tokenizer, ranking, answer: list(answer))
+    lines = [json.dumps(PAIR), json.dumps({"prompt": "Hi", "chosen": "Yes" * 20, "rejected": "No"})]
+    (tmp_path / "people.jsonl").write_text("\n".join(lines))
+    source = PreferenceSource(name="people", path=str(tmp_path / "people.jsonl"), licence="MIT")
+    [found] = rank._preferences(source, tmp_path)
+    assert (found["answers"], found["annotator"]) == (["Yes", "No"], "preferences:people"), (
+        "too long ones are left out"
+    )
+    (tmp_path / "people.jsonl").write_text("\n".join([*lines, '{"prompt": "Hi"}', "not JSON"]))
+    with pytest.raises(BadInput, match=r"people.jsonl, line 3: .*chosen(?s:.*)people.jsonl, line 4: "):
+        list(rank._preferences(source, tmp_path))
+
+
+def test_preferences_without_a_licence_are_refused(tmp_path):
+    (tmp_path / "people.jsonl").write_text(json.dumps(PAIR))
+    bare = PreferenceSource(name="people", path=str(tmp_path))
+    recipe = load_recipe("micro")
+    recipe = recipe.model_copy(update={"rank": recipe.rank.model_copy(update={"preferences": (bare,)})})
+    [problem] = rank.STAGE.check(recipe)
+    assert "declares no licence" in problem.what
+    assert rank.STAGE.sources(recipe, False).keys() == {"people"}
