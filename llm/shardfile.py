@@ -53,7 +53,9 @@ def check_boundaries(tokens: pa.LargeListArray, special: list[int], end: int) ->
     ValueError unless the id `end` ends every document and no other of the ids `special` is anywhere.
     """
     offsets, values = tokens.offsets.to_numpy(), tokens.values.to_numpy()
-    found = np.flatnonzero(np.isin(values, special)) if len(special) else np.empty(0, np.int64)
+    is_special = np.zeros(int(values.max(initial=0)) + 1, dtype=bool)
+    is_special[[one for one in special if one < len(is_special)]] = True
+    found = np.flatnonzero(is_special[values])
     if not (np.array_equal(found, offsets[1:] - 1) and (values[found] == end).all()):
         raise ValueError(f"the id {end} must end every document, and there may be no special id anywhere else")
     return np.diff(offsets)

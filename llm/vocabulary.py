@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,6 +127,25 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"no tokenizer.json in {folder}")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@lru_cache(maxsize=2)
+def load_backend(file: Path):
+    """The `tokenizers.Tokenizer` in a `tokenizer.json`, set to take special tokens that are spelt out for text.
+
+    For tasks that encode much and need nothing of transformers, whose import takes seconds. Kept by the process: the
+    file is one that is written once.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def special_ids(tokenizer) -> list[int]:
+    """Ids of the special tokens of a `tokenizers.Tokenizer`."""
+    return [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

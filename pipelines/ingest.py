@@ -151,7 +151,9 @@ def _read_all(work: Work, recipe: Recipe, groups: list[Group]) -> list[Summary]:
         }
         for group in groups
     ]
-    return work.each("read", items, partial(_read, settings=settings, evaluated=work.step("evaluated")), "bytes")
+    return work.each(
+        "read", items, partial(_read, settings=settings, evaluated=work.step("evaluated")), "bytes", data=True
+    )
 
 
 def _plain(unit: Repository) -> list[Any]:

@@ -380,9 +380,9 @@ def test_a_machine_that_does_not_see_the_run_folder_fails_the_stage_with_a_remed
     """The folder goes away between the driver's making it and the task's writing."""
     stage, run = begin(recipe(corpus), tmp_path / "run"), Work._run
 
-    def gone(work, step, items, waiting, task):
-        step.folder.rmdir()
-        return run(work, step, items, waiting, task)
+    def gone(work, waiting, do, data):
+        do.keywords["step"].folder.rmdir()
+        return run(work, waiting, do, data)
 
     monkeypatch.setattr(Work, "_run", gone)
     with pytest.raises(StageFailed, match="storage that every machine of the cluster sees"):
