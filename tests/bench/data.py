@@ -17,6 +17,8 @@ Ends with an error only where a comparison is invalid. All of it runs on two CPU
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import json
 import os
 import shutil
@@ -225,10 +227,23 @@ def _pages(scale: Scale) -> Path:
     folder.mkdir(parents=True)
     given = texts.data_folder()
     found = sorted(given.glob("*.warc.gz")) if given else [_crawled()]
-    for number in range(scale.of(WARC_COPIES)):
-        for path in found:
-            shutil.copyfile(path, folder / f"{number:02d}-{path.name}")
+    for path in found:
+        labelled = _labelled(path)
+        for number in range(scale.of(WARC_COPIES)):
+            (folder / f"{number:02d}-{path.name}").write_bytes(labelled)
     return folder
+
+
+def _labelled(path: Path) -> bytes:
+    """A WARC file whose responses say that they are HTML, as those of Common Crawl do: others datatrove may skip."""
+    written = []
+    with open(path, "rb") as handle:
+        for record in ArchiveIterator(handle, record_types=WarcRecordType.response):
+            record.headers["WARC-Identified-Payload-Type"] = "text/html"
+            one = io.BytesIO()
+            record.write(one)
+            written.append(gzip.compress(one.getvalue(), compresslevel=6))
+    return b"".join(written)
 
 
 def _crawled() -> Path:
