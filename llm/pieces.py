@@ -12,17 +12,23 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece spells a 
 _SPACE_PIECE = "\u2581"  # and a space
 
 
+def byte_letters() -> list[str]:
+    """The letter that byte-level BPE writes for each byte (GPT-2): Latin-1 if printable, the others from U+0100 on."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
+
+
 class Pieces:
     """The bytes of a tokenizer's ids, for byte-level BPE and SentencePiece spellings."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         from tokenizers.decoders import ByteLevel
-        from transformers.convert_slow_tokenizer import bytes_to_unicode
 
         self.tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
         byte_level = isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel)
-        self._byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()} if byte_level else None
+        self._byte_of = {letter: byte for byte, letter in enumerate(byte_letters())} if byte_level else None
 
     def bytes(self, token: int) -> bytes:
         """The bytes that `token` adds to a text; a special token's own spelling; none for an id without a piece."""

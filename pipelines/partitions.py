@@ -131,11 +131,11 @@ class Work:
 
 
 def _streamed(waiting: list[Row], do: Callable[[Row], Row], cpus: float) -> Generator[Row, None, None]:
-    """By Ray Data."""
+    """By Ray Data, two tasks a core: it hands a task out 0.15 s after another has ended."""
     import ray.data
 
     if waiting:
-        rows = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(do, num_cpus=cpus)
+        rows = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(do, num_cpus=cpus / 2)
         yield from rows.iter_rows()
 
 

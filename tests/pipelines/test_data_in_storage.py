@@ -1,4 +1,4 @@
-"""Text in object storage and text larger than Ray's memory: the stages before training on a real server and a real Ray."""
+"""Text in object storage, and text larger than the object store of Ray: a real server, a real Ray."""
 
 import json
 import random
