@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import mirror
@@ -56,6 +58,9 @@ ROW_GROUP_CHARACTERS = 8 << 20
 ROWS_AT_ONCE = 1024
 # Of a crawled page, its text and its share of the WARC file, for the estimate of disk space.
 CRAWLED_PAGE_BYTES = 40_000
+
+
+Why = tuple[str, float, str]  # reason, value and detail of a drop
 
 
 class Group(NamedTuple):
@@ -283,12 +288,13 @@ def _passages(number: int, item: dict[str, Any], step: Step, read: Step, losers:
     gone = set(_lost(number, losers))
     found = passages.Found()
     for first, batch in _stored(read.file(number, "documents.parquet"), ["text", "kind"]):
-        rows = [row for row, kind in enumerate(batch["kind"], first) if kind != "code" and row not in gone]
-        found.add([batch["text"][row - first] for row in rows], rows)
+        texts, kinds = batch.column("text").to_pylist(), batch.column("kind").to_pylist()
+        rows = [row for row, kind in enumerate(kinds, first) if kind != "code" and row not in gone]
+        found.add([texts[row - first] for row in rows], rows)
     return {"passages": found.write(step, number)}
 
 
-def _lost(number: int, losers: Step | None) -> dict[int, tuple[str, float, str]]:
+def _lost(number: int, losers: Step | None) -> dict[int, Why]:
     """Why each document of a part goes that says what another says: reason, value and detail, by row."""
     if losers is None:
         return {}
@@ -345,30 +351,53 @@ def _write(
     with ExitStack() as files:
         documents = files.enter_context(_table(paths[0], Document))
         dropped = files.enter_context(_table(paths[1], Dropped))
-        for _, batch in _stored(read.file(number, "dropped.parquet"), None):
-            dropped.add(count.all(Dropped(*row) for row in zip(*batch.values(), strict=True)))
-        for first, batch in _stored(read.file(number, "documents.parquet"), None):
-            rows = enumerate((Document(*row) for row in zip(*batch.values(), strict=True)), first)
-            judged = count.all(_final(row, lost.get(place), gone.get(place), shortest) for place, row in rows)
-            documents.add([row for row in judged if isinstance(row, Document)])
-            dropped.add([row for row in judged if isinstance(row, Dropped)])
+        for _, batch in _stored(read.file(number, "dropped.parquet")):
+            dropped.copy(count.all(batch))
+        for first, batch in _stored(read.file(number, "documents.parquet")):
+            changed = _changed(batch, first, gone, lost)
+            why = {row - first: lost[row] for row in range(first, first + batch.num_rows) if row in lost}
+            why |= _emptied(changed, shortest)
+            kept, left = _parted(_with_texts(batch, changed), why)
+            documents.copy(count.all(kept))
+            dropped.copy(count.all(left))
     named = zip(STAGE.artefacts, paths, strict=True)
     told = {name: {"name": path.name, "facts": facts(path)} for name, path in named}
     return {"source": item["source"], **count.figures(), "passages": sum(map(len, gone.values())), **told}
 
 
-def _final(
-    row: Document, lost: tuple[str, float, str] | None, gone: list[int] | None, shortest: int
-) -> Document | Dropped:
-    """The document without the passages that go, or why it goes itself."""
-    if lost:
-        return Dropped(*row, *lost)
-    if not gone:
-        return row
-    left = passages.without(row.text, gone)
-    if len(left.strip()) < shortest:
-        return Dropped(*row, "repeated passages", float(len(left.strip())), "characters left without them")
-    return row._replace(text=left)
+def _changed(batch: pa.Table, first: int, gone: dict[int, list[int]], lost: Collection[int]) -> dict[int, str]:
+    """New texts of the documents whose passages go, by place in the batch."""
+    places = (row - first for row in gone if first <= row < first + batch.num_rows and row not in lost)
+    texts = batch.column("text")
+    return {place: passages.without(texts[place].as_py(), gone[place + first]) for place in places}
+
+
+def _emptied(changed: dict[int, str], shortest: int) -> dict[int, Why]:
+    """Documents of which too little is left without the passages that go."""
+    left = {place: len(text.strip()) for place, text in changed.items()}
+    told = "characters left without them"
+    return {place: ("repeated passages", float(size), told) for place, size in left.items() if size < shortest}
+
+
+def _with_texts(batch: pa.Table, texts: dict[int, str]) -> pa.Table:
+    """The rows with other texts at some places."""
+    if not texts:
+        return batch
+    column = batch.column("text").to_pylist()
+    for place, text in texts.items():
+        column[place] = text
+    return batch.set_column(batch.schema.get_field_index("text"), "text", pa.array(column, pa.string()))
+
+
+def _parted(batch: pa.Table, why: dict[int, Why]) -> tuple[pa.Table, pa.Table]:
+    """The rows that stay, and those that go with why they do, by place."""
+    goes = np.zeros(batch.num_rows, dtype=bool)
+    goes[list(why)] = True
+    lost = batch.filter(pa.array(goes))
+    reasons = zip(*(why[place] for place in sorted(why)), strict=True) if why else ((), (), ())
+    for name, values in zip(("reason", "value", "detail"), reasons, strict=True):
+        lost = lost.append_column(name, pa.array(values, pa.float64() if name == "value" else pa.string()))
+    return batch.filter(pa.array(~goes)), lost
 
 
 @dataclass
@@ -380,16 +409,19 @@ class _Count:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_bytes: Counter[str] = field(default_factory=Counter)
 
-    def all(self, rows: Iterable[Document | Dropped]) -> list[Document | Dropped]:
-        found = list(rows)
-        for row in found:
-            counters = (
-                (self.dropped, self.dropped_bytes) if isinstance(row, Dropped) else (self.documents, self.text_bytes)
-            )
-            name = row.reason if isinstance(row, Dropped) else row.kind
-            counters[0][name] += 1
-            counters[1][name] += len(row.text.encode())
-        return found
+    def all(self, rows: pa.Table) -> pa.Table:
+        """Counts them, and gives them on."""
+        is_dropped = "reason" in rows.column_names
+        number, size = (self.dropped, self.dropped_bytes) if is_dropped else (self.documents, self.text_bytes)
+        names = rows.column("reason" if is_dropped else "kind")
+        sizes = pc.binary_length(rows.column("text").cast(pa.binary()))
+        sums = (
+            pa.table({"name": names, "size": sizes}).group_by("name").aggregate([("size", "sum"), ("size", "count")])
+        )
+        for row in sums.to_pylist():
+            number[row["name"]] += row["size_count"]
+            size[row["name"]] += row["size_sum"]
+        return rows
 
     def figures(self) -> dict[str, dict[str, int]]:
         return {
@@ -421,12 +453,19 @@ class _Table:
             if self._characters >= ROW_GROUP_CHARACTERS:
                 self._flush()
 
+    def copy(self, rows: pa.Table) -> None:
+        """Write rows that are a table already."""
+        if rows.num_rows:
+            self._writer.write_table(rows.cast(self._schema))
+
     def close(self) -> None:
         self._flush()
         self._writer.close()
 
     def _flush(self) -> None:
-        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
+        if not self._rows:
+            return
+        columns = zip(*self._rows, strict=True)
         arrays = [pa.array(values, field.type) for values, field in zip(columns, self._schema, strict=True)]
         self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
         self._rows, self._characters = [], 0
@@ -439,13 +478,14 @@ def _table(path: Path, row: type[NamedTuple]) -> Iterator[_Table]:
         yield table
 
 
-def _stored(path: Path, columns: list[str] | None) -> Iterator[tuple[int, dict[str, list[Any]]]]:
-    """The rows of a file, some at a time: the first one's number, and columns."""
+def _stored(path: Path, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of a file, a row group at a time, with the number of the first one."""
     first = 0
     with pq.ParquetFile(mirror.fetch(path)) as file:
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
-            yield first, batch.to_pydict()
-            first += batch.num_rows
+        for group in range(file.num_row_groups):
+            rows = file.read_row_group(group, columns=columns)
+            yield first, rows
+            first += rows.num_rows
 
 
 # What is said at the end
