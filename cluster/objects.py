@@ -39,7 +39,7 @@ REFUSALS = {
     "NO_SUCH_BUCKET": "make the bucket, or correct --runs",
     "INVALID_ACCESS_KEY_ID": "correct AWS_ACCESS_KEY_ID",
     "SIGNATURE_DOES_NOT_MATCH": "correct AWS_SECRET_ACCESS_KEY",
-    "EXPIRED_TOKEN": "renew the session's credentials",
+    "EXPIRED_TOKEN": "renew the credentials",
     "ACCESS_DENIED": "allow these credentials to list, read, write and delete under the run's prefix",
     "HTTP status 4": "correct --runs or AWS_ENDPOINT_URL",
 }

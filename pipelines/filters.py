@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import mirror
 from pipelines import documents
 from pipelines.corpus.quality import RULES
 
@@ -105,4 +104,4 @@ def _samples(dropped: Path, reasons: set[str]) -> dict[str, list[dict[str, Any]]
 
 def of_run(ingest: Path, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """The report of an `ingest` stage in that folder."""
-    return report(mirror.here(ingest / "dropped"), metrics)
+    return report(ingest / "dropped", metrics)

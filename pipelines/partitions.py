@@ -29,7 +29,7 @@ import pyarrow as pa
 from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed, Stopped
 from cluster.progress import progress
-from cluster.runs import StageFolder, remove, stop_is_asked
+from cluster.runs import StageFolder, stop_is_asked
 from llm.files import hash_file
 from llm.shardfile import read_arrow, write_arrow
 
@@ -95,10 +95,6 @@ class Work:
                 done += sizes[row["number"]]
                 report(done)
         return [found[number] for number in range(len(items))]
-
-    def forget(self, name: str) -> None:
-        """Take a step's files away: no later step reads them."""
-        remove(self.step(name).folder)
 
     def _raise_told(self, row: dict[str, Any], name: str) -> None:
         if row["bad"]:

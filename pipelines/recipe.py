@@ -56,6 +56,18 @@ class Recipe(Settings):
     wandb: TrackingSettings = placement(TrackingSettings(), "dashboards")
 
     @model_validator(mode="after")
+    def _weights_are_of_sources(self) -> Recipe:
+        """But for a folder's, which a recipe's weights can't have known."""
+        sources = {source.name for source in self.ingest.sources}
+        for setting, weights in (
+            ("tokenizer.weights", self.tokenizer.weights),
+            ("pretrain.mixture", self.pretrain.mixture),
+        ):
+            if self.ingest.folder is None and (unknown := set(weights) - sources):
+                raise ValueError(f"{setting}: '{min(unknown)}' is no source, sources are {', '.join(sorted(sources))}")
+        return self
+
+    @model_validator(mode="after")
     def _row_fits_context(self) -> Recipe:
         context = self.model.shape.context
         if self.shards.sequence_length > context:

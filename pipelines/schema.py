@@ -71,6 +71,13 @@ class Source(Settings):
     )
     thresholds: dict[str, float] = identity({}, "bounds of single rules in place of the papers', by the rule's name")
 
+    @field_validator("rules")
+    @classmethod
+    def _sets_exist(cls, rules: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if unknown := set(rules or ()) - set(RULE_SETS):
+            raise ValueError(f"unknown set of rules '{min(unknown)}', known are {', '.join(RULE_SETS)}")
+        return rules
+
     @field_validator("thresholds")
     @classmethod
     def _rules_exist(cls, thresholds: dict[str, float]) -> dict[str, float]:

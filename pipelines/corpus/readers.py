@@ -47,7 +47,7 @@ DAMAGE = frozenset(
         *("unreadable", "too large", "binary", "undecodable", "packed twice", "damaged file", "decompression bomb"),
         *("line too long", "no such column", "no text", "not JSON", "not an object", "damaged row", "duplicate id"),
         *("not wikitext", "no index", "damaged entry", "document type", "damaged record", "truncated record"),
-        *("undecodable response", "malformed address", "not HTTP", "damaged archive", "leads outside"),
+        *("undecodable response", "malformed address", "not HTTP", "damaged archive", "leads outside", "encrypted"),
     }
 )
 

@@ -306,7 +306,7 @@ class _Meter(io.RawIOBase):
         data = self.stream.read(size)
         self.left -= len(data)
         if self.left < 0:
-            raise Refusal("bomb", "it unpacks to more than its size can honestly hold")
+            raise Refusal("decompression bomb", "it unpacks to more than its size can honestly hold")
         return data
 
 
@@ -391,7 +391,7 @@ class _Allowance:
             data = stream.read(MAX_FILE_BYTES + 1)
         self.left -= len(data)
         if self.left < 0:
-            raise Refusal("bomb", "the archive unpacks to more than its size can honestly hold")
+            raise Refusal("decompression bomb", "the archive unpacks to more than its size can honestly hold")
         return data
 
 
@@ -452,7 +452,7 @@ def _check_bytes(data: bytes, path: str) -> None:
     if not data.strip():
         raise Refusal("empty", f"{len(data)} bytes")
     _check_name(path, len(data))
-    if b"\0" in data[:BINARY_PROBE_BYTES] and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if b"\0" in data[:BINARY_PROBE_BYTES]:
         raise Refusal("binary", "NUL byte", value=data.index(0))
 
 
@@ -460,7 +460,7 @@ def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise Refusal("not utf-8", f"byte 0x{data[error.start]:02x}", value=error.start) from None
+        raise Refusal("undecodable", f"byte 0x{data[error.start]:02x}", value=error.start) from None
 
 
 def _check_text(text: str, language: str) -> None:

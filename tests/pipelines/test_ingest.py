@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -284,7 +285,7 @@ def test_a_killed_command_goes_on_with_what_is_done(tmp_path):
     """SIGKILL to the driver, a real Ray; the same command ends with the bytes of one that was left alone."""
     for number in range(24):
         draw = random.Random(number)
-        lines = "".join(" ".join(draw.choices(WORDS, k=12)) + ".\n" for _ in range(4000))
+        lines = "".join(" ".join(draw.choices(WORDS, k=36)) + ".\n" for _ in range(4000))
         (tmp_path / "corpus" / f"{number:02d}").mkdir(parents=True)
         (tmp_path / "corpus" / f"{number:02d}" / "book.txt").write_text(lines)
     settings = (f"ingest.folder={tmp_path / 'corpus'}", "ingest.folder_licence=unknown", "wandb.enabled=false")
@@ -292,24 +293,33 @@ def test_a_killed_command_goes_on_with_what_is_done(tmp_path):
 
     def start(name):
         command = [sys.executable, "-m", "pipelines", "ingest", "micro", f"name={name}", "--runs", str(tmp_path)]
-        return subprocess.Popen([*command, *settings], cwd=CHECKOUT, stdout=subprocess.DEVNULL, start_new_session=True)
+        few = {0, 1} & os.sched_getaffinity(0)  # so that not all parts are done at once
+        limited = ["taskset", "-c", ",".join(map(str, few or {0})), *command, *settings]
+        started.append(subprocess.Popen(limited, cwd=CHECKOUT, stdout=subprocess.DEVNULL, start_new_session=True))
+        return started[-1]
 
     def artefacts(name):
         return [hash_folder(tmp_path / name / "ingest" / artefact) for artefact in STAGE.artefacts]
 
-    process, step = start("killed"), tmp_path / "killed" / "ingest" / "work" / "read"
-    wait_for(lambda: len(list(step.glob("*.json"))) >= 2)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = {path.name: path.stat().st_mtime_ns for path in step.glob("*.json")}
-    assert 2 <= len(done) < 24
-    process = start("killed")
-    wait_for(lambda: len(list(step.glob("*.json"))) > len(done))
-    assert {name: (step / name).stat().st_mtime_ns for name in done} == done, "what was done was done again"
-    assert process.wait(timeout=300) == 0
-    assert not (tmp_path / "killed" / "ingest" / "work").exists()
-    assert start("whole").wait(timeout=300) == 0
-    assert artefacts("killed") == artefacts("whole")
+    started: list[subprocess.Popen] = []
+    try:
+        process, step = start("killed"), tmp_path / "killed" / "ingest" / "work" / "read"
+        wait_for(lambda: len(list(step.glob("*.json"))) >= 2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done = {path.name: path.stat().st_mtime_ns for path in step.glob("*.json")}
+        assert 2 <= len(done) < 24
+        process = start("killed")
+        wait_for(lambda: len(list(step.glob("*.json"))) > len(done))
+        assert {name: (step / name).stat().st_mtime_ns for name in done} == done, "what was done was done again"
+        assert process.wait(timeout=300) == 0
+        assert not (tmp_path / "killed" / "ingest" / "work").exists()
+        assert start("whole").wait(timeout=300) == 0
+        assert artefacts("killed") == artefacts("whole")
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(condition, seconds=120.0):
@@ -346,9 +356,10 @@ def test_a_corpus_of_which_nothing_is_left_is_bad_input_and_leaves_no_artefact(h
 
 
 def test_damage_ends_the_stage_where_that_is_asked_for(here, corpus, tmp_path):
+    (corpus / "picture.png").unlink()
     (corpus / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9)[:-9])
     stage = begin(recipe(corpus, on_error="fail"), tmp_path / "run")
-    with pytest.raises(BadInput, match=r"source 'mine': file:(torn.jsonl.gz|picture.png): (damaged file|binary)"):
+    with pytest.raises(BadInput, match=r"source 'mine': file:torn.jsonl.gz: damaged file"):
         STAGE.run(stage)
     stage = begin(recipe(corpus), tmp_path / "other")
     STAGE.run(stage)

@@ -17,8 +17,8 @@ from cluster.errors import BadInput
 from cluster.runs import Run, hash_folder
 from llm.packing import RowReader
 from llm.shardfile import Shards, check_boundaries, read_arrow, token_lists
-from llm.vocabulary import encode_text, load_tokenizer
-from pipelines import documents, ingest, partitions, pretrain, shards, tokenizer
+from llm.vocabulary import encode_text, load_tokenizer, train_tokenizer
+from pipelines import documents, partitions, pretrain, shards, tokenizer
 from pipelines.corpus.records import Document
 from pipelines.ingest import _table
 from pipelines.recipe import load_recipe
@@ -314,25 +314,16 @@ def test_fertility_is_measured_by_source_next_to_gpt2(run):
     }
 
 
-@given(st.text())
-def test_any_text_survives(text):
-    loaded = trained()
-    assert loaded.decode(encode_text(loaded, text)) == text
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer([" ".join(WORDS)] * 20, 320)
 
 
-def trained(cache=[]):  # noqa: B006
-    from llm.vocabulary import train_tokenizer
-
-    if not cache:
-        cache.append(train_tokenizer([" ".join(WORDS)] * 20, 320))
-    return cache[0]
+@given(text=st.text())
+def test_any_text_survives(trained, text):
+    assert trained.decode(encode_text(trained, text)) == text
 
 
-def test_digits_are_split_one_by_one():
-    loaded = trained()
-    pieces = [loaded.convert_ids_to_tokens(token) for token in encode_text(loaded, "1984 12")]
+def test_digits_are_split_one_by_one(trained):
+    pieces = [trained.convert_ids_to_tokens(token) for token in encode_text(trained, "1984 12")]
     assert [piece.lstrip("Ġ") for piece in pieces if piece != "Ġ"] == ["1", "9", "8", "4", "1", "2"]
-
-
-def test_ingest_is_what_these_stages_read():
-    assert shards.STAGE.needs == (ingest.STAGE.name, tokenizer.STAGE.name)
