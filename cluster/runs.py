@@ -108,10 +108,16 @@ class StageFolder:
         return mirror.kept_folder(self.path / name, read_json(self.path / "state.json")["tag"])
 
     def publish(self, name: str, facts: dict[str, list[Any]]) -> None:
-        """Make the kept folder of that name STAGE/`name`. `facts`: bytes and SHA-256 of each file in it."""
+        """Make the kept folder of that name STAGE/`name`. `facts`: bytes and SHA-256 of each file in it.
+
+        A command that is killed after this and before its done-marker finds it done.
+        """
         folder = self.kept_folder(name)
-        if mirror.key_of(folder) is None and (absent := [file for file in facts if not (folder / file).is_file()]):
-            raise StageFailed(Problem(f"{folder / absent[0]} is gone", f"remove {self.path} and run the stage again"))
+        absent = [file for file in facts if not (folder / file).is_file()]
+        if mirror.key_of(folder) is None and absent:
+            if any(_facts(self.path / name / file) != known for file, known in facts.items()):
+                raise StageFailed(Problem(f"{folder / absent[0]} is gone", f"remove {self.path}; run the stage again"))
+            return remove(folder)
         mirror.publish(folder, self.path / name, facts)
 
     def finish(self, done: dict[str, Any]) -> None:
@@ -209,6 +215,10 @@ class Run:
             except OSError:
                 return True
         return False
+
+
+def _facts(path: Path) -> list[Any] | None:
+    return [path.stat().st_size, files.hash_file(path)] if path.is_file() else None
 
 
 def _taken(handle: IO[str]) -> bool:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,12 +128,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-@lru_cache(maxsize=2)
 def load_backend(file: Path):
     """The `tokenizers.Tokenizer` in a `tokenizer.json`, set to take special tokens that are spelt out for text.
 
-    For tasks that encode much and need nothing of transformers, whose import takes seconds. Kept by the process: the
-    file is one that is written once.
+    For tasks that encode much and need nothing of transformers, whose import takes seconds.
     """
     from tokenizers import Tokenizer
 

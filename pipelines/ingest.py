@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
 from cluster.progress import console, progress
+from cluster.runs import canonical_hash
 from pipelines import conversations, filters
 from pipelines.corpus import contamination, duplicates, passages
 from pipelines.corpus.cleaning import Cleaner
@@ -84,7 +85,7 @@ def run(stage: StageRun) -> Outcome:
         parts = _read_all(work, stage.recipe, _groups(found))
         losers = _find_duplicates(work, settings.deduplicate, parts)
         repeats = _find_passages(work, settings.deduplicate, parts, losers)
-        written = _write_all(work, settings, stage, parts, losers, repeats)
+        written = _write_all(work, stage, parts, losers, repeats)
         _refuse_nothing(written)
         for artefact in STAGE.artefacts:
             stage.folder.publish(artefact, {part[artefact]["name"]: part[artefact]["facts"] for part in written})
@@ -120,8 +121,20 @@ def _groups(found: list[tuple[Source, list[SourceFile]]]) -> list[Group]:
     for source, files in found:
         code = [file for file in files if is_of_repository(file.url, source.kind)]
         alone = [Repository(file.url, (), (file,)) for file in files if not is_of_repository(file.url, source.kind)]
-        groups += _grouped(source, False, alone, bound) + _grouped(source, True, by_repository(code), bound)
+        pieces = [piece for repository in by_repository(code) for piece in _pieces(repository, bound)]
+        groups += _grouped(source, False, alone, bound) + _grouped(source, True, pieces, bound)
     return groups
+
+
+def _pieces(repository: Repository, bound: int) -> Iterator[Repository]:
+    """A repository, cut between files where it is larger than a group may be."""
+    files: list[SourceFile] = []
+    for file in repository.files:
+        if files and sum(one.size for one in files) + file.size > bound:
+            yield repository._replace(files=tuple(files))
+            files = []
+        files.append(file)
+    yield repository._replace(files=tuple(files))
 
 
 def _grouped(source: Source, code: bool, units: list[Repository], bound: int) -> list[Group]:
@@ -253,12 +266,13 @@ class _Part:
     def add(self, documents: list[Document]) -> None:
         bands = self.settings.bands if self.settings.near else 0
         keys = keys_of([row.text for row in documents], self.settings.ngram, bands, self.settings.rows)
-        self.keys.append(keys if self.settings.exact else keys._replace(exact=keys.exact * 0))
+        self.keys.append(keys)
         self.ids += [row.id for row in documents]
         self.lengths += [len(row.text) for row in documents]
 
     def write(self, step: Step, number: int, priority: int) -> int:
-        return duplicates.write_keys(step, number, Keys.joined(self.keys), self.ids, self.lengths, priority)
+        keys, exact = Keys.joined(self.keys), self.settings.exact
+        return duplicates.write_keys(step, number, keys, self.ids, self.lengths, priority, exact)
 
 
 # Telling what is double
@@ -314,12 +328,7 @@ def _lost(number: int, losers: Step | None) -> dict[int, Why]:
 
 
 def _write_all(
-    work: Work,
-    settings: IngestSettings,
-    stage: StageRun,
-    parts: list[Summary],
-    losers: Step | None,
-    repeats: Step | None,
+    work: Work, stage: StageRun, parts: list[Summary], losers: Step | None, repeats: Step | None
 ) -> list[Summary]:
     """Have every part written without what goes; a summary each."""
     targets = [stage.folder.kept_folder(artefact) for artefact in STAGE.artefacts]
@@ -329,7 +338,6 @@ def _write_all(
         losers=losers,
         repeats=repeats,
         targets=targets,
-        shortest=settings.min_characters,
     )
     return work.each("write", [{"source": part["source"]} for part in parts], task)
 
@@ -342,7 +350,6 @@ def _write(
     losers: Step | None,
     repeats: Step | None,
     targets: list[Path],
-    shortest: int,
 ) -> Summary:
     """Write the documents of a part that stay, and those that don't."""
     lost, gone = _lost(number, losers), passages.repeats_of(number, repeats) if repeats else {}
@@ -356,7 +363,7 @@ def _write(
         for first, batch in _stored(read.file(number, "documents.parquet")):
             changed = _changed(batch, first, gone, lost)
             why = {row - first: lost[row] for row in range(first, first + batch.num_rows) if row in lost}
-            why |= _emptied(changed, shortest)
+            why |= _emptied(changed)
             kept, left = _parted(_with_texts(batch, changed), why)
             documents.copy(count.all(kept))
             dropped.copy(count.all(left))
@@ -372,11 +379,14 @@ def _changed(batch: pa.Table, first: int, gone: dict[int, list[int]], lost: Coll
     return {place: passages.without(texts[place].as_py(), gone[place + first]) for place in places}
 
 
-def _emptied(changed: dict[int, str], shortest: int) -> dict[int, Why]:
-    """Documents of which too little is left without the passages that go."""
-    left = {place: len(text.strip()) for place, text in changed.items()}
-    told = "characters left without them"
-    return {place: ("repeated passages", float(size), told) for place, size in left.items() if size < shortest}
+def _emptied(changed: dict[int, str]) -> dict[int, Why]:
+    """Documents of which nothing is left without the passages that go. What is left of others stays, however short:
+    it may be all that there is of a passage that others lost to it."""
+    return {
+        place: ("repeated passages", 0.0, "characters left without them")
+        for place, text in changed.items()
+        if not text.strip()
+    }
 
 
 def _with_texts(batch: pa.Table, texts: dict[int, str]) -> pa.Table:
@@ -576,13 +586,22 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
-    read = {source.name: fingerprint(source, verify) for source in recipe.ingest.chosen()}
+    read = {source.name: _content(source, verify) for source in recipe.ingest.chosen()}
     if not recipe.ingest.decontaminate:
         return read
     evaluated = {
         f"evaluated/{source.name}": conversations.fingerprint(source, verify) for source in recipe.sft.sources
     }
     return {**read, **evaluated}
+
+
+def _content(source: Source, verify: bool) -> str:
+    """The fingerprint of a source; of code also its repositories, which files that aren't taken may decide."""
+    found = fingerprint(source, verify)
+    if is_crawled(source):
+        return found
+    code = [file for file in resolve(source) if is_of_repository(file.url, source.kind)]
+    return canonical_hash([found, [one.url for one in by_repository(code)]]) if code else found
 
 
 def _check(recipe: Recipe) -> list[Problem]:

@@ -14,11 +14,12 @@ import itertools
 import json
 import logging
 import os
+import re
 import traceback
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import pyarrow as pa
 from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed, Stopped
 from cluster.progress import progress
-from cluster.runs import StageFolder, stop_is_asked
+from cluster.runs import StageFolder, canonical_hash, remove, stop_is_asked
 from llm.files import hash_file
 from llm.shardfile import read_arrow, write_arrow
 
@@ -55,6 +56,10 @@ class Step:
         numbers = sorted(one for one in mirror.children(self.folder) if one.endswith(f".{name}"))
         return [self.folder / one for one in numbers]
 
+    def markers(self) -> list[str]:
+        """Names of the markers that are there."""
+        return [name for name in mirror.children(self.folder) if re.fullmatch(r"\d{5,}\.json", name)]
+
     def marker(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"
 
@@ -69,6 +74,7 @@ class Work:
 
     stage: StageFolder
     cpus: float
+    begun: list[str] = field(default_factory=list)  # steps of this attempt, in order
 
     def step(self, name: str) -> Step:
         return Step(self.stage.work / name)
@@ -83,7 +89,7 @@ class Work:
         """
         step = self.step(name)
         step.folder.mkdir(parents=True, exist_ok=True)
-        found = _done(step, len(items))
+        found = self._done(step, items)
         waiting = [{"number": n, "item": json.dumps(item)} for n, item in enumerate(items) if n not in found]
         sizes = [item.get("size", 1) for item in items]
         done = sum(sizes[number] for number in found)
@@ -95,6 +101,22 @@ class Work:
                 done += sizes[row["number"]]
                 report(done)
         return [found[number] for number in range(len(items))]
+
+    def _done(self, step: Step, items: list[dict[str, Any]]) -> dict[int, Summary]:
+        """Summaries of the partitions that have a marker.
+
+        If one is of another item (files have come or gone meanwhile), nothing of this step and of those after it
+        counts.
+        """
+        self.begun.append(step.folder.name)
+        said = {int(name[:-5]): json.loads(mirror.read(step.folder / name)) for name in step.markers()}
+        if all(n < len(items) and one["item"] == canonical_hash(items[n]) for n, one in said.items()):
+            return {number: one["summary"] for number, one in said.items()}
+        for name in mirror.children(self.stage.work):
+            if name not in self.begun[:-1]:
+                remove(self.stage.work / name)
+        step.folder.mkdir(parents=True, exist_ok=True)
+        return {}
 
     def _raise_told(self, row: dict[str, Any], name: str) -> None:
         if row["bad"]:
@@ -227,7 +249,7 @@ def _do(row: dict[str, Any], step: Step, task: Task) -> dict[str, Any]:
     told = {"number": number, "said": "", "errno": 0, "bad": "", "trace": ""}
     try:
         summary = task(number, json.loads(row["item"]), step)
-        _mark(step.marker(number), summary)
+        _mark(step.marker(number), {"item": canonical_hash(json.loads(row["item"])), "summary": summary})
     except OSError as error:
         return {**told, "errno": error.errno or errno.EIO, "said": str(error)}
     except BadInput as error:
@@ -240,18 +262,11 @@ def _do(row: dict[str, Any], step: Step, task: Task) -> dict[str, Any]:
     return {**told, "said": json.dumps(summary)}
 
 
-def _mark(path: Path, summary: Summary) -> None:
+def _mark(path: Path, said: dict[str, Any]) -> None:
     """Without fsync, which would wait for the disk to have all that the task wrote: a process that is killed loses
     nothing that it has handed to the system."""
     with writing(path) as partial_path:
-        partial_path.write_text(json.dumps(summary), encoding="utf-8")
-
-
-def _done(step: Step, count: int) -> dict[int, Summary]:
-    """Summaries of the partitions that have a marker."""
-    names = {name for name in mirror.children(step.folder) if name.endswith(".json")}
-    numbers = [number for number in range(count) if step.marker(number).name in names]
-    return {number: json.loads(mirror.read(step.marker(number))) for number in numbers}
+        partial_path.write_text(json.dumps(said), encoding="utf-8")
 
 
 def disk_problem(error: OSError, folder: Path) -> Problem:

@@ -32,7 +32,7 @@ from llm.encoding import load_encoder
 from llm.files import write_json
 from llm.packing import joined, pack, write_index
 from llm.shardfile import check_boundaries, read_arrow, token_lists, write_arrow
-from llm.vocabulary import END_OF_TEXT, fingerprint, load_backend, load_tokenizer, special_ids
+from llm.vocabulary import END_OF_TEXT, fingerprint, load_tokenizer, special_ids
 from pipelines import documents
 from pipelines.partitions import Step, Summary, Work, facts, ranges, read_columns, write_table, writing
 from pipelines.recipe import Recipe
@@ -170,7 +170,7 @@ def _shuffle(number: int, item: dict[str, Any], step: Step, tokens: Step, target
     told = {"number": number, "set": item["set"], "source": item["source"], "name": name, "documents": table.num_rows}
     if not table.num_rows:
         return told
-    loaded = load_backend(mirror.here(tokenizer) / "tokenizer.json")
+    loaded = load_encoder(mirror.here(tokenizer) / "tokenizer.json").tokenizer
     end = loaded.token_to_id(END_OF_TEXT)
     lengths = check_boundaries(table.column("tokens").chunk(0), special_ids(loaded), end)
     with writing(target / name) as path:
@@ -286,16 +286,16 @@ def _outcome(manifest: dict[str, Any]) -> Outcome:
 
 def read_manifest(tokens: Path) -> dict[str, Any]:
     """What is in a folder of token shards. BadInput names what is missing, foreign, damaged or of another version."""
-    folder = mirror.here(tokens)
+    path = tokens / "manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(mirror.here(path).read_text(encoding="utf-8"))
         files = {name: about for one in SETS for name, about in manifest[one]["files"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(Problem(f"{folder / 'manifest.json'} is missing or damaged: {error!r}", REMEDY)) from None
+        raise BadInput(Problem(f"{path} is missing or damaged: {error!r}", REMEDY)) from None
     if manifest["schema_version"] != SCHEMA_VERSION:
-        what = f"{folder} has schema version {manifest['schema_version']}, this is version {SCHEMA_VERSION}"
+        what = f"{tokens} has schema version {manifest['schema_version']}, this is version {SCHEMA_VERSION}"
         raise BadInput(Problem(what, REMEDY))
-    if problems := [*_foreign(folder, files), *_partial(folder, files)]:
+    if problems := [*_foreign(tokens, files), *_partial(tokens, files)]:
         raise BadInput(*problems)
     return manifest
 
@@ -318,25 +318,26 @@ def refuse_damaged(tokens: Path, names: list[str]) -> None:
 REMEDY = "restore it, or make it again: --from shards with the stage's done.json removed"
 
 
-def _foreign(folder: Path, files: dict[str, Any]) -> list[Problem]:
+def _foreign(tokens: Path, files: dict[str, Any]) -> list[Problem]:
     """Shards that the manifest doesn't name: they would be read like the others."""
-    found = [path.relative_to(folder).as_posix() for name in SETS for path in (folder / name).glob("*.arrow")]
-    return [Problem(f"{folder / name} isn't in the manifest", "move it away") for name in sorted({*found} - {*files})]
+    there = {name for name in mirror.files(tokens) if name.endswith(".arrow")}
+    return [Problem(f"{tokens / name} isn't in the manifest", "move it away") for name in sorted(there - {*files})]
 
 
-def _partial(folder: Path, files: dict[str, Any]) -> list[Problem]:
-    problems = []
+def _partial(tokens: Path, files: dict[str, Any]) -> list[Problem]:
+    """What is missing or has another size; in object storage sizes are compared when files are fetched."""
+    there, problems = set(mirror.files(tokens)), []
     for name, about in files.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != about["bytes"]:
-            said = "is missing" if size is None else f"has {size:,} of {about['bytes']:,} bytes"
-            problems.append(Problem(f"{folder / name} {said}", REMEDY))
+        if name not in there:
+            problems.append(Problem(f"{tokens / name} is missing", REMEDY))
+        elif mirror.key_of(tokens) is None and (size := (tokens / name).stat().st_size) != about["bytes"]:
+            problems.append(Problem(f"{tokens / name} has {size:,} of {about['bytes']:,} bytes", REMEDY))
     return problems
 
 
 def _damaged(tokens: Path, name: str, about: dict[str, Any]) -> str | None:
     """The file's name if its bytes aren't those of the manifest."""
-    return None if facts(mirror.here(tokens) / name) == [about["bytes"], about["sha256"]] else name
+    return None if facts(mirror.here(tokens / name)) == [about["bytes"], about["sha256"]] else name
 
 
 STAGE = Stage(

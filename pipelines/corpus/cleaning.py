@@ -42,43 +42,51 @@ class Cleaner:
         if verdict.broken:
             yield self._drop(page, text, verdict.broken, verdict.value, "")
             return
+        if len(verdict.text) < self.settings.min_characters:
+            yield self._drop(page, text, "too short", float(len(verdict.text)), "characters that the rules left")
+            return
         masked, counts = personal.mask(verdict.text, self.settings.mask)
         self.masked.update(counts)
         yield from self._cut(page, masked)
 
     def refused(self, refusal: Refusal, url: str, kind: str) -> Dropped:
         """What was refused when it was read, as a row of `dropped`."""
-        page = Page(refusal.url or url, refusal.text, kind, {})
+        page = Page((refusal.url or url).encode("utf-8", "backslashreplace").decode(), refusal.text, kind, {})
         return self._drop(page, refusal.text, refusal.reason, refusal.value, refusal.detail)
 
     def contaminated(self, document: Document, runs: int) -> Dropped:
         return Dropped(*document, "contaminated", float(runs), "runs of words shared with what will be evaluated")
 
     def _cut(self, page: Page, text: str) -> Iterator[Document]:
-        pieces = cut(text, self.settings.max_characters, books.chapters(text) if page.kind == "book" else [])
+        chapters = books.chapters(text) if page.kind == "book" else []
+        pieces = cut(text, self.settings.max_characters, chapters, self.settings.min_characters)
         for number, piece in enumerate(pieces, start=1):
             place = {"piece": number, "pieces": len(pieces)} if len(pieces) > 1 else {}
             name = document_id(self.source.name, page.url, number, piece)
             yield Document(name, piece, *self._labels(page), _json({**page.meta, **place}))
 
     def _drop(self, page: Page, text: str, reason: str, value: float | None, detail: str) -> Dropped:
-        name = document_id(self.source.name, page.url, 0, text)
-        return Dropped(name, text, *self._labels(page), _json(page.meta), reason, value, detail)
+        """A row of `dropped`. People look at those more than at documents: what is personal is masked all the same."""
+        safe, _ = personal.mask(repair(text), personal.KINDS)
+        name = document_id(self.source.name, page.url, 0, safe)
+        return Dropped(name, safe, *self._labels(page), _json(page.meta), reason, value, detail)
 
     def _labels(self, page: Page) -> tuple[str, str, str, str]:
         """kind, source, url, licence."""
         return page.kind, self.source.name, page.url, page.licence or self.source.licence or "unknown"
 
 
-def cut(text: str, longest: int, chapters: list[int]) -> list[str]:
-    """`text` in pieces of at most `longest` characters that join to it again.
+def cut(text: str, longest: int, chapters: list[int], shortest: int = 1) -> list[str]:
+    """`text` in pieces of at most `longest` characters that join to it again; the last has `shortest` at least, where
+    that is no more than half of `longest`.
 
     Each ends, if one lies in its second half, before the last chapter (offsets in `chapters`, ascending), else after
     the last blank line, else line, else space.
     """
     pieces, start = [], 0
     while len(text) - start > longest:
-        end = _break(text, start + longest // 2, start + longest, chapters)
+        latest = min(start + longest, max(len(text) - shortest, start + longest // 2 + 1))
+        end = _break(text, start + longest // 2, latest, chapters)
         pieces.append(text[start:end])
         start = end
     return [*pieces, text[start:]]

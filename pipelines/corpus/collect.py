@@ -136,7 +136,8 @@ def _in_storage(source: Source) -> list[SourceFile]:
     whole = [
         SourceFile(path, mirror.shown(path), size, changed)
         for path, size, changed in mirror.found(base)
-        if _named(path.relative_to(base)) and _included(source, path.relative_to(base))
+        for inside in [Path(path.name) if path == base else path.relative_to(base)]
+        if _named(inside) and _included(source, inside)
     ]
     if not whole:
         raise BadInput(_nothing_found(source, mirror.shown(base)))

@@ -30,12 +30,15 @@ BACK = pow(SPREAD, -1, 1 << 64)
 MOST_ROUNDS = 64  # far more than the logarithm of any number of documents
 
 
-def write_keys(step: Step, number: int, keys: Keys, ids: list[str], lengths: list[int], priority: int) -> int:
+def write_keys(
+    step: Step, number: int, keys: Keys, ids: list[str], lengths: list[int], priority: int, exact: bool = True
+) -> int:
     """What a part of documents leaves for this: NNNNN.keys.arrow, sorted by key, and NNNNN.facts.arrow, a row each.
 
-    `priority`: place of the part's source in the recipe. Returns the number of keys.
+    `priority`: place of the part's source in the recipe. `exact`: whether documents of the same words meet by those.
+    Returns the number of keys.
     """
-    every = np.concatenate([keys.exact[:, None], keys.bands], axis=1)
+    every = np.concatenate([keys.exact[:, None], keys.bands], axis=1) if exact else keys.bands
     key, row = every.ravel(), np.repeat(np.arange(len(every), dtype=np.uint32), every.shape[1])
     order = np.argsort(key, kind="stable")
     order = order[np.searchsorted(key[order], np.uint64(1)) :]  # 0 stands for a text without words

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from cluster.errors import BadInput
+from cluster.mirror import SCHEME
 from pipelines.corpus.records import Page, Refusal
 from pipelines.corpus.repositories import LANGUAGES, is_archive, page_of
 from pipelines.corpus.streams import MAX_FILE_BYTES, TextFile, decode, read_head, read_whole
@@ -72,12 +74,15 @@ def is_of_repository(url: str, kind: str) -> bool:
     """Whether a file of a source of that kind is read with the repository that it is of (`corpus.repositories`).
 
     In a source of code every file is, but tables; in one of any kind, archives and files of source code are. What is
-    in a .json file is not known before it is read.
+    in a .json file is not known before it is read. In object storage only archives are: which folder is a repository
+    says what lies in it, and that isn't here.
     """
     suffix, packing = _suffix(url)
-    if kind == "code":
-        return suffix not in TABLES
-    return kind == "auto" and (is_archive(url) or (suffix in LANGUAGES and suffix != "json" and not packing))
+    if is_archive(url):
+        return kind in ("code", "auto")
+    if url.startswith(SCHEME) or kind not in ("code", "auto"):
+        return False
+    return suffix not in TABLES if kind == "code" else suffix in LANGUAGES and suffix != "json" and not packing
 
 
 def kind_of(url: str) -> str:
@@ -103,6 +108,10 @@ def _found(file: TextFile, suffix: str, source: Source) -> Iterator[Page | Refus
         yield refusal
     except OSError as error:
         yield Refusal("unreadable", str(error.strerror or error))
+    except BadInput:
+        raise
+    except Exception as error:  # what parsers make of damage has no end: the file is told, the others go on
+        yield Refusal("unreadable", f"{type(error).__name__}: {error}")
 
 
 def _read(file: TextFile, suffix: str, source: Source) -> Iterator[Page | Refusal]:

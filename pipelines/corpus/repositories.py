@@ -404,6 +404,8 @@ def _check_room(members: int, held: int) -> None:
 
 def _check_entry(name: str, size: int, link: bool) -> None:
     path = PurePosixPath(name)
+    if not name.isascii() and name != name.encode("utf-8", "replace").decode():
+        raise Refusal("name is not UTF-8")
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise Refusal("leads outside")
     if link:

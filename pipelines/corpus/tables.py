@@ -269,7 +269,7 @@ def _parquet_rows(file: TextFile, source: Source) -> Iterator[Row | Refusal]:
         for group in range(table.num_row_groups):
             try:
                 yield from _group_rows(table, group, _wanted(source), first)
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, LookupError, ValueError) as error:
                 yield Refusal("damaged file", f"row group {group}: {error}")
             first += table.metadata.row_group(group).num_rows
 

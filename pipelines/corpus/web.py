@@ -286,7 +286,10 @@ def _response(record: WarcRecord, url: str, kind: str, respect: Collection[str])
 
 def _take_whole(record: WarcRecord) -> WarcRecord:
     """A copy of the record in memory: what goes wrong while it is decoded doesn't touch the file's reader."""
-    expected = int(record.headers["Content-Length"])
+    said = record.headers.get("Content-Length") or ""
+    if not said.strip().isdecimal():
+        raise Refusal("damaged record", f"Content-Length: {said or 'none'}")
+    expected = int(said)
     if expected > MAX_PAGE_BYTES:
         raise Refusal("too large", f"{expected:,} bytes, at most {MAX_PAGE_BYTES:,} are read")
     block = record.reader.read()

@@ -21,7 +21,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import mirror
 from cluster.errors import BadInput, StageFailed, Stopped
 from cluster.runs import Run, hash_folder
 from pipelines import ingest, partitions
@@ -280,6 +279,35 @@ def test_killed_before_any_task_it_goes_on_and_the_bytes_are_the_same(here, corp
     assert longest == everything > 10
 
 
+def test_killed_after_it_published_it_finds_that_done(here, corpus, tmp_path, monkeypatch):
+    stage = begin(recipe(corpus), tmp_path / "run")
+    STAGE.run(stage)
+    whole = hashes(stage)
+    again = begin(recipe(corpus), tmp_path / "run")
+    assert STAGE.run(again).metrics["documents"] == 4
+    assert hashes(again) == whole
+    (again.folder.path / "documents" / "part-00000.parquet").unlink()
+    with pytest.raises(StageFailed, match=r"part-00000\.parquet is gone"):
+        STAGE.run(begin(recipe(corpus), tmp_path / "run"))
+
+
+def test_what_was_done_of_other_files_does_not_count(here, corpus, tmp_path, monkeypatch):
+    """The same key, since only what decides on repositories has changed."""
+    monkeypatch.setattr(ingest, "SMALLEST_GROUP_BYTES", 200)
+    run = tmp_path / "run"
+    monkeypatch.setattr(ingest, "_write_all", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        STAGE.run(begin(recipe(corpus), run))
+    monkeypatch.undo()
+    monkeypatch.setattr(ingest, "Work", InProcess)
+    (corpus / "another.py").write_text(PROGRAM.replace("answer", "question"))
+    (corpus / "book.txt").unlink()
+    stage, fresh = begin(recipe(corpus), run), begin(recipe(corpus), tmp_path / "fresh")
+    STAGE.run(stage)
+    STAGE.run(fresh)
+    assert hashes(stage) == hashes(fresh)
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on_with_what_is_done(tmp_path):
     """SIGKILL to the driver, a real Ray; the same command ends with the bytes of one that was left alone."""
@@ -480,12 +508,30 @@ def test_groups_follow_the_order_of_files_and_keep_sources_apart(monkeypatch):
     assert sizes == [[0, 4, 5], [6], [30], [1], [0]]
 
 
-def test_a_repository_is_never_parted(monkeypatch):
-    monkeypatch.setattr(ingest, "SMALLEST_GROUP_BYTES", 10)
+def test_a_repository_is_parted_only_where_it_is_larger_than_a_group(monkeypatch):
     files = [SourceFile(Path(f"/nowhere/r/{n}.py"), f"file:r/{n}.py", 9) for n in range(3)]
     source = Source(name="code", kind="code", path=".")
     [group] = ingest._groups([(source, files)])
     [unit] = group.units
     assert group.code
     assert ingest._unit(ingest._plain(unit)) == unit == Repository(unit.url, unit.folders, tuple(files))
-    assert mirror.key_of(files[0].path) is None
+    monkeypatch.setattr(ingest, "SMALLEST_GROUP_BYTES", 20)
+    parted = [unit for group in ingest._groups([(source, files)]) for unit in group.units]
+    assert [[file.url for file in unit.files] for unit in parted] == [["file:r/0.py", "file:r/1.py"], ["file:r/2.py"]]
+    assert {unit.url for unit in parted} == {unit.url}
+
+
+def test_what_is_dropped_is_masked_and_kept(here, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("jane.roe@roe-and-sons.com")
+    (tmp_path / "corpus" / "b.txt").write_text(PROSE)
+    stage = begin(recipe(tmp_path / "corpus"), tmp_path / "run")
+    STAGE.run(stage)
+    [dropped] = rows(stage, "dropped")
+    assert (dropped["reason"], "jane" in dropped["text"]) == ("too short", False)
+
+
+def test_without_exact_matches_copies_are_near_duplicates_and_told_as_what_they_are(here, corpus, tmp_path):
+    settings = recipe().ingest.deduplicate.model_copy(update={"exact": False})
+    stage = begin(recipe(corpus, deduplicate=settings), tmp_path / "run")
+    assert STAGE.run(stage).metrics["dropped"]["duplicate"] == 1

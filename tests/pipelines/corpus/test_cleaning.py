@@ -41,6 +41,10 @@ def test_a_cut_prefers_chapters_then_blank_lines_then_lines_then_spaces(text, ch
     assert cut(text, 16, chapters)[0] == first
 
 
+def test_the_last_piece_is_not_too_short_to_stay():
+    assert [len(piece) for piece in cut("a" * 101, 100, [], shortest=32)] == [69, 32]
+
+
 def test_books_are_cut_at_chapters_and_say_which_piece_is_which():
     text = "CHAPTER I\n\n" + "It was so. " * 60 + "\n\nCHAPTER II\n\n" + "It was not. " * 60
     first, second = cleaner(max_characters=1000).documents(Page("file:b", text, "book", {}))

@@ -275,3 +275,12 @@ def test_a_file_that_is_no_warc_is_told_as_damaged(tmp_path):
 def test_records_made_here_are_read_by_a_reader_of_others():
     (seen,) = ArchiveIterator(io.BytesIO(record(response(page("x")))))
     assert seen.http_headers.status_code == 200
+
+
+@pytest.mark.parametrize("length", ["", "Content-Length: many\r\n"])
+def test_a_record_without_a_length_costs_itself(tmp_path, length):
+    names = "WARC-Type: response\r\nWARC-Record-ID: <urn:uuid:1>\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
+    head = f"WARC/1.1\r\n{names}{length}\r\n"
+    (tmp_path / "a.warc").write_bytes(head.encode() + b"HTTP/1.1 200 OK\r\n\r\n\r\n\r\n")
+    found = list(read_file(tmp_path / "a.warc", "file:a.warc", Source(name="mine", path="unused", kind="web")))
+    assert all(isinstance(one, Refusal) for one in found)
