@@ -119,8 +119,8 @@ SLACK = 8
 LEAST_WIDTH, GREATEST_WIDTH = 40, 100
 MIN_EVIDENCE_LINES = 4
 UNFILLED_SHARE = 1 / 8
-# Possessive and anchored, or a long line costs the square of its length.
-PARAGRAPH = re.compile(r"^[ \t]*+\S[^\n]*+(?:\n[ \t]*+\S[^\n]*+)++", re.MULTILINE)
+# Two lines and more that aren't blank. Not possessive: Python 3.11.2 takes a repeated possessive group but once.
+PARAGRAPH = re.compile(r"^[ \t]*\S[^\n]*(?:\n[ \t]*\S[^\n]*)+", re.MULTILINE)
 # What isn't prose: indented lines, marked breaks, columns, dot leaders, braces; lists, quotes, tables and fences.
 NOT_PROSE = ("\n ", "\n\t", "\t", "  \n", "\\\n", "    ", ".....", ". . . . .", "{\n", "}\n")
 NOT_PROSE_START = re.compile(r"\n(?:[-*+•] |[|>#=~`]|\d{1,3}[.)] )")
