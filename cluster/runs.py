@@ -82,7 +82,7 @@ class StageFolder:
     @property
     def work(self) -> Path:
         """What the stage's steps leave to one another, and to the same command after a kill; gone when it is done."""
-        return self.path / "work"
+        return self.path / "steps"
 
     def has(self, name: str) -> bool:
         """Whether the artefact is there, whole."""

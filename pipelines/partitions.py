@@ -1,7 +1,7 @@
 """Work in partitions: each leaves its files, then a marker that says what came of it. What has one isn't done again.
 
-    work/STEP/NNNNN.NAME.arrow    what partition N leaves to later steps
-    work/STEP/NNNNN.json          its marker, written last
+    steps/STEP/NNNNN.NAME.arrow    what partition N leaves to later steps
+    steps/STEP/NNNNN.json          its marker, written last
 
 Ray runs one task a partition. No text passes through the driver or the object store: tasks read files and write
 files. What a task writes depends on its partition alone, so it may be run again, anywhere, and the bytes are the same.

@@ -247,7 +247,7 @@ def _labelled(path: Path) -> bytes:
 
 
 def _crawled() -> Path:
-    path = FOLDER / "work" / "pydoc.warc.gz"
+    path = FOLDER / "arms" / "pydoc.warc.gz"
     if not path.exists():
         with progress("crawl", PYDOC_PAGES, "pages") as told:
             crawl_pydoc(path, PYDOC_PAGES, told)

@@ -1,6 +1,6 @@
 """What we do in the benchmarks: the stages of `headwater run` themselves, in one process on one warm Ray.
 
-writes  runs/bench/work/NAME   the run folders
+writes  runs/bench/arms/NAME   the run folders
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipelines.run import STAGES, Journey, run_stage
 from tests.bench.agreement import digest, text_digest
 from tests.bench.measure import FOLDER, Turn
 
-WORK = FOLDER / "work"
+WORK = FOLDER / "arms"
 # Texts pass through `ingest` as they are.
 AS_IS: dict[str, Any] = {"mask": [], "decontaminate": False}
 KEEP_DOUBLES: dict[str, Any] = {"deduplicate": {"exact": False, "near": False, "passages": False}}

@@ -331,7 +331,7 @@ def test_a_killed_command_goes_on_with_what_is_done(tmp_path):
 
     started: list[subprocess.Popen] = []
     try:
-        process, step = start("killed"), tmp_path / "killed" / "ingest" / "work" / "read"
+        process, step = start("killed"), tmp_path / "killed" / "ingest" / "steps" / "read"
         wait_for(lambda: len(list(step.glob("*.json"))) >= 2)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -341,7 +341,7 @@ def test_a_killed_command_goes_on_with_what_is_done(tmp_path):
         wait_for(lambda: len(list(step.glob("*.json"))) > len(done))
         assert {name: (step / name).stat().st_mtime_ns for name in done} == done, "what was done was done again"
         assert process.wait(timeout=300) == 0
-        assert not (tmp_path / "killed" / "ingest" / "work").exists()
+        assert not (tmp_path / "killed" / "ingest" / "steps").exists()
         assert start("whole").wait(timeout=300) == 0
         assert artefacts("killed") == artefacts("whole")
     finally:
