@@ -80,10 +80,6 @@ class Shards:
         ]
         self._first = np.cumsum([0] + [len(part) for part in lists])
 
-    @property
-    def num_documents(self) -> int:
-        return int(self._first[-1])
-
     def lengths(self) -> np.ndarray:
         """Tokens in each document, int64."""
         return np.concatenate([np.diff(offsets) for offsets in self._offsets] or [np.empty(0, np.int64)])

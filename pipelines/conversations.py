@@ -119,16 +119,25 @@ def files_fingerprint(source: ConversationSource | PreferenceSource, verify: boo
     return collect.fingerprint(_as_files(source), verify)
 
 
-def unlicensed(sources: Iterable[ConversationSource | PreferenceSource], setting: str) -> list[Problem]:
-    """Sources of which nobody said under what licence they are; `setting` names their list in the recipe."""
-    return [
-        Problem(
-            f"{setting}: source '{source.name}' ({source.path}) declares no licence",
-            "add `licence: ...` to the source, or 'unknown' there to take it all the same",
-        )
-        for source in sources
-        if not source.licence
-    ]
+def problems_of(sources: Iterable[ConversationSource | PreferenceSource], setting: str) -> list[Problem]:
+    """What can be seen of the sources before anything starts: those of which nobody said under what licence they are,
+    and those that can't be found. `setting` names their list in the recipe."""
+    return [problem for source in sources for problem in [*_unlicensed(source, setting), *_unfound(source)]]
+
+
+def _unlicensed(source: ConversationSource | PreferenceSource, setting: str) -> list[Problem]:
+    if source.licence:
+        return []
+    what = f"{setting}: source '{source.name}' ({source.path}) declares no licence"
+    return [Problem(what, "add `licence: ...` to the source, or 'unknown' there to take it all the same")]
+
+
+def _unfound(source: ConversationSource | PreferenceSource) -> list[Problem]:
+    try:
+        fingerprint(source) if isinstance(source, ConversationSource) else files_of(source)
+    except BadInput as error:
+        return [problem for problem in error.problems if isinstance(problem, Problem)]
+    return []
 
 
 def write(found: Iterable[Conversation | LeftOut], folder: Path, held_out_share: float) -> Counts:

@@ -441,14 +441,7 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 
 
 def _check(recipe: Recipe) -> list[Problem]:
-    """What can be seen of the preferences before anything starts."""
-    problems = conversations.unlicensed(recipe.rank.preferences, "rank.preferences")
-    for source in recipe.rank.preferences:
-        try:
-            conversations.files_of(source)
-        except BadInput as error:
-            problems += [problem for problem in error.problems if isinstance(problem, Problem)]
-    return problems
+    return conversations.problems_of(recipe.rank.preferences, "rank.preferences")
 
 
 def _demand(recipe: Recipe) -> Demand:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cluster import mirror
-from cluster.errors import BadInput, Problem, StageFailed
+from cluster.errors import Problem, StageFailed
 from llm.chat import render_conversation
 from llm.files import write_json
 from llm.packing import IGNORED, pack_whole
@@ -151,14 +151,7 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 
 
 def _check(recipe: Recipe) -> list[Problem]:
-    """What can be seen of the sources before anything starts."""
-    problems = conversations.unlicensed(recipe.sft.sources, "sft.sources")
-    for source in recipe.sft.sources:
-        try:
-            conversations.fingerprint(source)
-        except BadInput as error:
-            problems += [problem for problem in error.problems if isinstance(problem, Problem)]
-    return problems
+    return conversations.problems_of(recipe.sft.sources, "sft.sources")
 
 
 STAGE = Stage(

@@ -75,7 +75,6 @@ def test_targets_counts_what_the_labels_hold(shard_set):
 
 def test_shards_read_as_one_sequence_of_documents(shard_set):
     shards = Shards(shard_set)
-    assert shards.num_documents == 4
     assert shards.lengths().tolist() == [3, 5, 1, 9]
     assert shards.tokens(1, 2, 3).tolist() == [22, 23, 24]
     assert shards.tokens(3, 0, 2).tolist() == [40, 41]

@@ -21,7 +21,7 @@ def said(name, count=6):
     )
 
 
-def left_of(tmp_path, parts, monkeypatch=None):
+def left_of(tmp_path, parts):
     """The texts of `parts`, lists of (id, text), without the passages that go."""
     work = work_in(tmp_path)
     total = 0
