@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,19 @@ def rank_main(rank: int, case: Case, folder: str) -> None:
         save(engine, case, rank)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
+    leave()
+
+
+def leave() -> None:
+    """End this process without finalising Python, as Ray ends its workers.
+
+    A thread of gloo may be the last to drop a tensor that Python has held. Python 3.11 ends a thread that asks for
+    the interpreter while it is finalised, in the middle of C++: "terminate called without an active exception"
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def start(case: Case):
