@@ -35,6 +35,7 @@ from llm.files import hash_file
 from llm.shardfile import read_arrow, write_arrow
 
 LOOK_EVERY_S = 1.0  # whether a stop is asked for
+ATTEMPTS_LOST = 4  # times that a task is tried again when its process or its node is gone
 REMEDY = "see Ray's logs; the parts that are done are kept, the same command goes on"
 
 log = logging.getLogger("headwater")
@@ -153,7 +154,9 @@ def _streamed(waiting: list[Row], do: Callable[[Row], Row], cpus: float) -> Gene
     import ray.data
 
     if waiting:
-        rows = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(do, num_cpus=cpus / 2)
+        rows = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(
+            do, num_cpus=cpus / 2, max_retries=ATTEMPTS_LOST
+        )
         yield from rows.iter_rows()
 
 
@@ -165,7 +168,7 @@ def _scheduled(waiting: list[Row], do: Callable[[Row], Row], cpus: float) -> Gen
     """
     import ray
 
-    task = ray.remote(num_cpus=cpus, max_retries=-1, scheduling_strategy="SPREAD")(_call)
+    task = ray.remote(num_cpus=cpus, max_retries=ATTEMPTS_LOST, scheduling_strategy="SPREAD")(_call)
     most = 2 + int(2 * ray.cluster_resources().get("CPU", 1) / cpus)
     left = iter(waiting)
     running: list[Any] = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -116,9 +117,15 @@ def _heap_name(set_name: str, source: str) -> str:
 
 
 def shuffle_key(row: dict[str, Any]) -> int:
-    """Where a document comes in the order of its source: drawn from its id, or from the name of its repository."""
-    name = json.loads(row["meta"]).get("repository") if row["kind"] == "code" else None
-    return int.from_bytes(hashlib.sha256(f"shuffle/{name or row['id']}".encode()).digest()[:8], "big")
+    """Where a document comes in the order of its source: drawn from its id, or from what it stays together with."""
+    together = _repository(json.loads(row["meta"])) if row["kind"] == "code" else None
+    return int.from_bytes(hashlib.sha256(f"shuffle/{together or row['id']}".encode()).digest()[:8], "big")
+
+
+def _repository(meta: dict[str, Any]) -> str | None:
+    """The repository of a file of code; of one that lies in none (its root is the source's), the folder."""
+    name = meta.get("repository")
+    return name + os.path.dirname(meta["path"]) if name and name.endswith(":") else name
 
 
 # Shuffling

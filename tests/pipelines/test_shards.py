@@ -192,6 +192,22 @@ def test_documents_are_shuffled_over_all_parts_but_repositories_stay_together(ru
         assert own == [one for one in everything if one in set(own)], "in the order in which they were read"
 
 
+@pytest.mark.parametrize(
+    ("meta", "together"),
+    [
+        ({"repository": "file:r", "path": "a/b.py"}, {"repository": "file:r", "path": "c.py"}),
+        ({"repository": "stdlib:", "path": "json/a.py"}, {"repository": "stdlib:", "path": "json/b.py"}),
+    ],
+)
+def test_files_of_a_repository_are_kept_together_and_loose_ones_by_folder(meta, together):
+    loose = {"repository": "stdlib:", "path": "wave.py"}
+    keys = [
+        shards.shuffle_key({"id": f"{n}", "kind": "code", "meta": json.dumps(one)})
+        for n, one in enumerate((meta, together, loose))
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_killed_before_any_task_it_goes_on_and_the_bytes_are_the_same(run, sharded, here, tmp_path, monkeypatch):
     do, whole, fatal = partitions._do, hash_folder(sharded), 0
     while True:
