@@ -154,9 +154,9 @@ def _streamed(waiting: list[Row], do: Callable[[Row], Row], cpus: float) -> Gene
     import ray.data
 
     if waiting:
-        rows = ray.data.from_items(waiting, override_num_blocks=len(waiting)).map(
-            do, num_cpus=cpus / 2, max_retries=ATTEMPTS_LOST
-        )
+        again: Callable[[], dict[str, Any]] = partial(dict, max_retries=ATTEMPTS_LOST)
+        rows = ray.data.from_items(waiting, override_num_blocks=len(waiting))
+        rows = rows.map(do, num_cpus=cpus / 2, ray_remote_args_fn=again)
         yield from rows.iter_rows()
 
 
