@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check lint format bench-data
+.PHONY: demo test soak check lint format bench-data bench-pretrain
 
 demo: $(STAMP)  ## raw text to a served base model, on this machine
 	$(BIN)/headwater run tiny
@@ -30,6 +30,9 @@ format: $(STAMP)  ## put the code into shape
 
 bench-data: $(STAMP)  ## data preparation against its peers, about an hour; runs/bench/data.json
 	$(BIN)/python -m tests.bench.data
+
+bench-pretrain: $(STAMP)  ## pretraining against its peers, about three hours; runs/bench/pretrain.json
+	$(BIN)/python -m tests.bench.pretrain
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

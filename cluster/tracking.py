@@ -43,9 +43,12 @@ class Tracker:
         self._wandb.define_metric("*", step_metric="step")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Log one step's numbers."""
+        """Log one step's numbers, under the step's own number.
+
+        W&B would count from 0 again in an attempt that is offline, and on from the last line in one that is not.
+        """
         if self._wandb is not None:
-            self._try(self._wandb.log, record)
+            self._try(self._wandb.log, record, record.get("step"))
 
     def tables(self, tables: dict[str, list[dict[str, Any]]]) -> None:
         """Log tables of rows that have the same columns."""
@@ -67,8 +70,15 @@ class Tracker:
             self._try(self._wandb.summary.update, summary)
         if self._wandb is not None:
             self._try(self._wandb.finish, exit_code)
-            self._try(mirror.send, self._files)
+            self._try(self._send)
         self._wandb = None
+
+    def _send(self) -> None:
+        import wandb
+
+        if mirror.key_of(self._files):
+            wandb.teardown()  # `finish` comes back some milliseconds before the log on disk is whole
+            mirror.send(self._files)
 
     def _try(self, call: Any, *args: Any) -> None:
         try:

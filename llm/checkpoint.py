@@ -13,8 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,9 @@ def save(
 ) -> None:
     """Write checkpoint `step`. Collective: every rank calls it, and none returns before its own part is kept.
 
-    `save_model(path)` writes the Hugging Face folder on rank 0; `gather` gives every rank what each one passed, once
-    all have passed it; `facts` go into the manifest.
+    `fragments` are copies (`copies`), so training may go on meanwhile. `save_model(path)` writes the Hugging Face
+    folder on rank 0; `gather` gives every rank what each one passed, once all have passed it; `facts` go into the
+    manifest.
     """
     store = store or OnDisk()
     final = folder / store.name(step)
@@ -135,12 +136,39 @@ def _write_part(
     return {path.relative_to(partial).as_posix(): hash_file(path) for path in written}
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and whatever a killed process left half-written."""
-    for path in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(path)
+def prune(folder: Path, kept: Collection[str]) -> None:
+    """Remove the checkpoints whose names are not among `kept`, and whatever a killed process left half-written."""
+    for path in folder.glob("step-*"):
+        if path.name not in kept:
+            shutil.rmtree(path)
     for path in folder.glob(".partial-step-*"):
         shutil.rmtree(path)
+
+
+def to_keep(losses: dict[str, float | None], newest: int, best: int) -> set[str]:
+    """Names of the `newest` checkpoints, and of the `best` of lowest held-out loss.
+
+    losses: held-out loss by name, None where it wasn't measured; names sort by step.
+    """
+    measured = sorted((loss, name) for name, loss in losses.items() if loss is not None)
+    return {*sorted(losses)[-newest:], *(name for _, name in measured[:best])}
+
+
+def copies(fragments: Iterable[Fragment]) -> list[Fragment]:
+    """Fragments that stay as they are when training goes on, in memory of the CPU."""
+    return [replace(one, tensors={kind: _copy(view) for kind, view in one.tensors.items()}) for one in fragments]
+
+
+def copies_of_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights that stay as they are; those that are one tensor under two names (tied ones) stay one."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in weights.values():
+        made.setdefault(tensor.data_ptr(), _copy(tensor))
+    return {name: made[tensor.data_ptr()] for name, tensor in weights.items()}
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def save_state(path: Path, fragments: Iterable[Fragment]) -> None:
@@ -148,7 +176,7 @@ def save_state(path: Path, fragments: Iterable[Fragment]) -> None:
     tensors, starts = {}, {}
     for fragment in fragments:
         starts[fragment.name] = fragment.start
-        tensors.update({f"{fragment.name}/{kind}": tensor.clone() for kind, tensor in fragment.tensors.items()})
+        tensors.update({f"{fragment.name}/{kind}": tensor for kind, tensor in fragment.tensors.items()})
     save_file(tensors, path, metadata={"starts": json.dumps(starts)})
 
 

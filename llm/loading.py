@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llm.cloze import OBJECTIVE
 from llm.engine import Engine
 from llm.vocabulary import load_tokenizer
 
@@ -18,16 +19,45 @@ if TYPE_CHECKING:
 def load_model(folder: str | Path) -> PreTrainedModel:
     """The causal language model saved in `folder`, ready to generate: in fp32 on a CPU, as saved on a GPU.
 
-    ValueError if the folder holds no such model, or not all of its weights.
+    ValueError if the folder holds no such model, or not all of its weights, or one that only fills in words.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     check_model_folder(Path(folder))
+    if _objective(Path(folder)) == "masked":
+        raise ValueError(
+            f"{folder} was trained on masked words alone, it can't continue a text: use `headwater fill`, or pretrain "
+            "with pretrain.objective=mixed"
+        )
+    return _load(AutoModelForCausalLM, folder)
+
+
+def load_filler(folder: str | Path) -> PreTrainedModel:
+    """The model saved in `folder` that fills in masked words: an encoder, or a decoder that was trained to.
+
+    ValueError if the folder holds no such model, or not all of its weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if set(_read_config(Path(folder)).get("architectures") or []) & {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}:
+        return _load(AutoModelForMaskedLM, folder)
+    check_model_folder(Path(folder))
+    if _objective(Path(folder)) is None:
+        raise ValueError(
+            f"{folder} was trained to predict the next token (`headwater complete`), not to fill in words"
+        )
+    return _load(AutoModelForCausalLM, folder)
+
+
+def _load(auto, folder: str | Path) -> PreTrainedModel:
+    """The model in `folder` by one of transformers' `AutoModelFor...`."""
+    from transformers.utils import logging
+
     gpu = torch.cuda.is_available()
     logging.disable_progress_bar()  # it would be drawn into the text that a command prints
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             folder,
             dtype="auto" if gpu else torch.float32,
             local_files_only=True,
@@ -62,14 +92,24 @@ def check_model_folder(folder: Path) -> None:
     """ValueError unless `folder` says that it holds a causal language model and a tokenizer; reads no weights."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    architectures = _read_config(folder).get("architectures") or []
+    if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        raise ValueError(f"{folder} holds {architectures or 'no named architecture'}, not a causal language model")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` says. ValueError if `folder` isn't a model's with its tokenizer."""
     if not folder.is_dir():
         raise ValueError(f"no model folder at {folder}")
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ValueError(f"no {name} in {folder}: it isn't a model folder with its tokenizer")
     try:
-        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'} isn't a JSON object: {error}") from error
-    if not set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
-        raise ValueError(f"{folder} holds {architectures or 'no named architecture'}, not a causal language model")
+
+
+def _objective(folder: Path) -> str | None:
+    """What a model was pretrained for beside or instead of predicting the next token: masked, mixed or nothing."""
+    return _read_config(folder).get(OBJECTIVE)

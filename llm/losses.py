@@ -18,3 +18,10 @@ def next_token_nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     predictions = logits[:, :-1].float().flatten(0, 1)  # (B * (T - 1), V)
     targets = labels[:, 1:].flatten().long()  # (B * (T - 1),)
     return F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def next_token_nats_by_row(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same loss of each row, and its targets: shapes (B,) fp64 and (B,) int64."""
+    targets = labels[:, 1:].long()
+    nats = F.cross_entropy(logits[:, :-1].float().mT, targets, ignore_index=IGNORED, reduction="none")
+    return nats.double().sum(dim=1), (targets != IGNORED).sum(dim=1)

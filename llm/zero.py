@@ -51,20 +51,39 @@ def deepspeed():
     return deepspeed
 
 
-def zero_settings(*, stage: int, micro_batch: int, accumulation: int, dtype: str, clip_norm: float) -> dict[str, Any]:
-    """DeepSpeed's configuration. `micro_batch` is rows a forward pass, `accumulation` forward passes a step."""
+def zero_settings(
+    *,
+    stage: int,
+    micro_batch: int,
+    accumulation: int,
+    dtype: str,
+    clip_norm: float,
+    offload: str = "none",
+    offload_to: str = "cpu",
+) -> dict[str, Any]:
+    """DeepSpeed's configuration. `micro_batch` is rows a forward pass, `accumulation` forward passes a step.
+
+    offload: "none", "optimizer" (its state) or "all" (ZeRO-3's weights too), to "cpu" or a folder on an NVMe disk.
+    """
+    target = (
+        {"device": "cpu", "pin_memory": True} if offload_to == "cpu" else {"device": "nvme", "nvme_path": offload_to}
+    )
+    offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[offload]
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip_norm,
         "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": dtype == "fp16"},
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             "stage3_gather_16bit_weights_on_model_save": True,
+            **{f"offload_{what}": target for what in offloaded},
         },
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, which needs no compiler, on a CPU too
         "steps_per_print": 10**9,
     }
 
@@ -136,8 +155,13 @@ def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, steps: int) -
     return {kind: state[kind] for kind in MOMENTS}
 
 
+def is_sharded(engine) -> bool:
+    """Whether a rank holds but a share of the weights, so that gathering them is collective."""
+    return engine.zero_optimization_stage() == 3
+
+
 def whole_weights(engine) -> dict[str, torch.Tensor]:
     """All weights in the compute precision, by name. Collective: every rank must call it (ZeRO-3 gathers)."""
-    if engine.zero_optimization_stage() == 3:
+    if is_sharded(engine):
         return engine._zero3_consolidated_16bit_state_dict()
     return engine.module.state_dict()

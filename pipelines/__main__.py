@@ -144,11 +144,27 @@ def doctor(chosen: argparse.Namespace) -> None:
         findings.show(findings.findings_here(root), chosen.json)
 
 
+def plan(chosen: argparse.Namespace) -> None:
+    """What a recipe will take: memory, GPUs, hours, money, disk."""
+    from pipelines.plan import Options, show
+    from pipelines.recipe import load_recipe
+
+    recipe = load_recipe(chosen.recipe, (*chosen.overrides, *chosen.set))
+    show(recipe, Options(chosen.gpu, chosen.price, chosen.mfu, chosen.api_price), chosen.json)
+
+
 def show_report(chosen: argparse.Namespace) -> None:
     """What a run has made so far."""
     from pipelines import report
 
     report.show_run(find_run(chosen.run, runs_root(chosen.runs)), as_json=chosen.json)
+
+
+def watch(chosen: argparse.Namespace) -> None:
+    """Show how a run is, live."""
+    from pipelines.watch import watch as watch_run
+
+    watch_run(chosen.run, runs_root(chosen.runs), chosen.stage, chosen.every, chosen.once, chosen.json)
 
 
 def complete(chosen: argparse.Namespace) -> None:
@@ -162,6 +178,14 @@ def complete(chosen: argparse.Namespace) -> None:
         top=chosen.top,
         as_json=chosen.json,
     )
+
+
+def fill(chosen: argparse.Namespace) -> None:
+    """Fill in the masked words of a text."""
+    from pipelines.fill import fill as fill_text
+
+    folder = model_folder(chosen.model, runs_root(chosen.runs), "pretrain")
+    fill_text(folder, chosen.text, top=chosen.top, as_json=chosen.json)
 
 
 def chat(chosen: argparse.Namespace) -> None:
@@ -393,8 +417,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_submit(verbs, NAMES)
     _add_control(verbs, NAMES)
     _add_doctor(verbs)
+    _add_plan(verbs)
     _add_report(verbs)
+    _add_watch(verbs, NAMES)
     _add_complete(verbs)
+    _add_fill(verbs)
     _add_chat(verbs)
     _add_serve(verbs)
     _add_look(verbs)
@@ -477,9 +504,30 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare a folder's bytes, not names, sizes and times")
 
 
+def _add_plan(verbs: Any) -> None:
+    from cluster.plan import GPUS, MFU
+
+    parser = _verb(verbs, "plan", plan, "what a recipe will take before it starts: memory, GPUs, hours, money, disk")
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, for example pretrain.workers=16")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same, as a flag")
+    parser.add_argument("--gpu", metavar="NAME", default="H100", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--price", type=float, metavar="USD", help="what a GPU costs an hour")
+    parser.add_argument("--mfu", type=float, metavar="SHARE", default=MFU, help="of the GPU's peak that is reached")
+    parser.add_argument("--api-price", type=float, metavar="USD", help="what an API asks for a million tokens")
+
+
 def _add_report(verbs: Any) -> None:
     parser = _verb(verbs, "report", show_report, "show what a run has made")
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+
+
+def _add_watch(verbs: Any, names: tuple[str, ...]) -> None:
+    parser = _verb(verbs, "watch", watch, "show a run live in the terminal, until Ctrl-C; the run doesn't notice")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--stage", choices=names, help="the stage to look at (the one at work, else the last)")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between two looks")
+    parser.add_argument("--once", action="store_true", help="print one frame and end, as where there is no terminal")
 
 
 def _add_complete(verbs: Any) -> None:
@@ -488,6 +536,13 @@ def _add_complete(verbs: Any) -> None:
     parser.add_argument("prompt", help="the text to continue")
     _add_sampling(parser, max_new_tokens=64)
     parser.add_argument("--top", type=int, default=0, metavar="N", help="show the N likeliest tokens at each step")
+
+
+def _add_fill(verbs: Any) -> None:
+    parser = _verb(verbs, "fill", fill, "the likeliest words for each [MASK] in a text, each filled by itself")
+    parser.add_argument("model", metavar="RUN|MODEL", help=MODEL_HELP)
+    parser.add_argument("text", help='for example "The cat [MASK] on the mat."')
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="show the N likeliest words")
 
 
 def _add_chat(verbs: Any) -> None:

@@ -5,17 +5,25 @@ There each has a name of its own, step-00000120.3f2ab9c1: every rank sends its p
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from cluster import mirror, objects
 from llm import checkpoint, zero
 from llm.checkpoint import Checkpoint
+
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for another's part of a checkpoint
 
 log = logging.getLogger("headwater")
 
@@ -45,33 +53,117 @@ def store(folder: Path, attempt: str, flush: Callable[[], None]) -> checkpoint.O
     return checkpoint.OnDisk() if mirror.key_of(folder) is None else _InObjects(attempt, flush)
 
 
-def save(
-    folder: Path, step: int, kept_in: checkpoint.OnDisk, engine: Any, tokenizer: Any, facts: dict[str, Any]
-) -> None:
-    """Write the checkpoint of the state after `step` steps. Collective."""
-    weights = zero.whole_weights(engine)
-    checkpoint.save(
-        folder,
-        step,
-        rank=dist.get_rank(),
-        world=dist.get_world_size(),
-        fragments=zero.fragments(engine, step),
-        save_model=lambda path: checkpoint.save_model(path, engine.module, weights, tokenizer),
-        gather=_everyones,
-        facts=facts,
-        store=kept_in,
-    )
+class Saver:
+    """Saves a training stage's checkpoints beside its training, one at a time.
+
+    Training waits for a copy of its state alone, and for that no sooner than it changes the state again.
+    """
+
+    def __init__(self, job_folder: Path, kept_in: checkpoint.OnDisk, tokenizer: Any, keep: tuple[int, int]):
+        """keep: how many of the newest checkpoints, and of those with the lowest held-out loss. Collective."""
+        self._folder, self._kept_in, self._tokenizer, self._keep = job_folder, kept_in, tokenizer, keep
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._copied: Future[Any] | None = None
+        self._saved: Future[None] | None = None
+        self.held_up_s = 0.0  # how long training has waited for saves
+
+    def begin(self, engine: Any, step: int, facts: dict[str, Any]) -> None:
+        """Have the state after `step` steps saved. Collective. Raises what the save before failed of."""
+        with self._holding_up():
+            self.settle()
+            weights = zero.whole_weights(engine) if dist.get_rank() == 0 or zero.is_sharded(engine) else {}
+            fragments = list(zero.fragments(engine, step))  # views
+            self._copied = self._threads.submit(_copies, fragments, weights if dist.get_rank() == 0 else {})
+            self._saved = self._threads.submit(self._save, self._copied, engine.module, step, facts)
+
+    def before_change(self) -> None:
+        """To be called before the state changes: wait until it is copied. Raises what a save failed of."""
+        if self._saved and self._saved.done():
+            self._saved.result()
+        if copied := self._copied:
+            with self._holding_up():
+                copied.result()
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint that was begun is whole. Raises what it failed of."""
+        if self._saved:
+            self._saved.result()
+        self._copied = self._saved = None
+
+    def _save(self, copied: Future[Any], model: Any, step: int, facts: dict[str, Any]) -> None:
+        fragments, weights = copied.result()
+        checkpoint.save(
+            self._folder,
+            step,
+            rank=dist.get_rank(),
+            world=dist.get_world_size(),
+            fragments=fragments,
+            save_model=lambda path: checkpoint.save_model(path, model, weights, self._tokenizer),
+            gather=self._everyones,
+            facts=facts,
+            store=self._kept_in,
+        )
+        self._copied = None  # so that the copies go
+        log.info("checkpoint of step %d is whole", step)
+        if dist.get_rank() == 0:
+            prune(self._folder, *self._keep)
+
+    def _everyones(self, mine: dict[str, str]) -> list[dict[str, str]]:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine, group=self._group)
+        return found
+
+    @contextmanager
+    def _holding_up(self) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.held_up_s += time.monotonic() - begun
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and whatever a killed process left half-written."""
+def _copies(fragments: Iterable[zero.Fragment], weights: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+    return checkpoint.copies(fragments), checkpoint.copies_of_weights(weights)
+
+
+def before(folder: Path, left_out: list[dict[str, Any]]) -> int:
+    """The step to go back to where batches are to be left out; the newest checkpoint goes if that was tried last."""
+    found = newest(folder)
+    step = found.step if found else 0
+    older = [name for name in _names(folder) if found and name != found.path.name]
+    if not (found and older and left_out and left_out[-1]["back_to"] == step):
+        return step
+    mirror.discard(found.path)
+    return before(folder, [])
+
+
+def prune(folder: Path, newest: int, best: int) -> None:
+    """Remove all checkpoints but the newest and those of the lowest held-out loss, and what was left half-written."""
+    kept = checkpoint.to_keep(_losses(folder, _names(folder)), newest, best)
     if mirror.key_of(folder) is not None:
-        names = mirror.names(folder)
-        kept = sorted(_whole(names))[-keep:]
-        for name in {name.partition("/")[0] for name in names} - set(kept):
+        for name in {name.partition("/")[0] for name in mirror.names(folder)} - kept:
             mirror.delete(folder / name / "manifest.json")  # first: without it the others are nothing
             mirror.discard(folder / name)
-    checkpoint.prune(folder, keep)
+    checkpoint.prune(folder, kept)
+
+
+def _names(folder: Path) -> list[str]:
+    """The checkpoints that are there, damaged ones too."""
+    if mirror.key_of(folder) is None:
+        return [path.name for path in folder.glob("step-*")]
+    return _whole(mirror.names(folder))
+
+
+def _losses(folder: Path, names: list[str]) -> dict[str, float | None]:
+    """The held-out loss in each checkpoint's manifest; of one that can't be read, none."""
+    found: dict[str, float | None] = {}
+    for name in names:
+        try:
+            found[name] = json.loads(mirror.read(folder / name / "manifest.json")).get("held_out_loss")
+        except (OSError, ValueError):
+            found[name] = None
+    return found
 
 
 def export(folder: Path) -> None:
@@ -104,12 +196,6 @@ class _InObjects(checkpoint.OnDisk):
         self._flush()
         self.hand_over(partial, final, ["manifest.json"])
         shutil.rmtree(partial)
-
-
-def _everyones(mine: dict[str, str]) -> list[dict[str, str]]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
 
 
 def _whole(names: list[str]) -> list[str]:

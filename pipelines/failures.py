@@ -51,6 +51,7 @@ class Record:
     host: str = ""
     failed: float = 0.0
     peak_rss_mb: int = 0
+    late: str = ""  # what it said when training stood still
 
 
 @contextmanager
@@ -69,6 +70,13 @@ def recorded(logs: Path, rank: int, world: int) -> Iterator[None]:
             raise
         finally:
             faulthandler.disable()
+
+
+def tell_late(logs: Path, rank: int, world: int, words: str) -> None:
+    """Leave in the rank's record that training stood still, and for whom it waited. Then the rank ends itself."""
+    known = Record(rank, world, os.getpid(), socket.gethostname(), time.time(), peak_rss_mb(), words)
+    with suppress(OSError, StageFailed):
+        write_json(_record(logs, rank), asdict(known))
 
 
 def forget(logs: Path) -> None:
@@ -100,6 +108,10 @@ def of_ranks(failures: dict[int, Exception], folder: Path) -> Problem:
     dead was the first; where none was, the earliest to raise is.
     """
     records = {rank: _read(folder / "logs", rank) for rank in failures}
+    late = sorted((record.failed, record.late, _who(record)) for record in records.values() if record.late)
+    if late:
+        _, words, who = late[0]
+        return Problem(f"{who} gave up, {words}", f"look at that rank's machine, or raise deadline_s; {REMEDY}")
     dead = sorted(rank for rank, failure in failures.items() if hasattr(failure, "health_check_failure"))
     if dead:
         return _of_death(dead[0], records[dead[0]], failures[dead[0]], folder)

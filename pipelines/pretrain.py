@@ -1,4 +1,4 @@
-"""Stage 4: token shards to a base model, by next-token prediction.
+"""Stage 4: token shards to a base model, by next-token prediction, by masked words, or by both.
 
 Ray Data streams rows into DeepSpeed ZeRO under Ray Train. What a table of counts would predict is computed first, so
 that the model's held-out loss has something to stand beside.
@@ -9,23 +9,32 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem
+from cluster.runs import canonical_hash
+from llm import cloze
+from llm.architectures import Architecture, Ids, Saved, load_weights, two_layers, unfit
+from llm.files import hash_file
 from llm.losses import next_token_nats
+from llm.masking import Masking
 from llm.order import Mixture, mix_of, spread
-from llm.presets import Preset, build_model, llama_config
+from llm.presets import Preset, build_model
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import checkpoints, records, training
+from pipelines import checkpoints, records, training, worker
+from pipelines.evaluation import held_out_by_source, held_out_figures, masked_baselines
 from pipelines.recipe import Recipe
 from pipelines.schema import PretrainSettings
 from pipelines.shards import read_manifest, verify
 from pipelines.stage import Outcome, Stage, StageRun
 from pipelines.stream import HeldOutRows, RowStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 COUNTED_TOKENS = 20_000_000  # of the training text, for the unigram and bigram tables
 
@@ -38,10 +47,14 @@ def run(stage: StageRun) -> Outcome:
     manifest = read_manifest(tokens)
     verify(tokens, manifest, stage.recipe.pretrain.data_cpus)
     _same_tokenizer(manifest, stage.input("tokenizer") / "tokenizer")
+    _same_tokenizer_in(stage.recipe.model.folder, manifest)
     mixture = mixture_of(manifest["train"]["sources"], stage.recipe.pretrain)
     rows = min(stage.recipe.pretrain.held_out_rows, manifest["held_out"]["rows"])
-    counting = ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(tokens, manifest, rows)
-    training.train(_job(stage, manifest, tokens, rows, mixture), "pretrain", stage.record)
+    job = _job(stage, manifest, tokens, rows, mixture)
+    counting = ray.remote(num_cpus=stage.recipe.pretrain.data_cpus)(_baselines).remote(
+        tokens, manifest, rows, job.held_out
+    )
+    training.train(job, "pretrain", stage.record)
     checkpoints.export(stage.folder.path)
     baselines = ray.get(counting)
     stage.log.info(
@@ -90,8 +103,25 @@ def _same_tokenizer(manifest: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, float]:
-    """Unigram and bigram nats a target on the held-out rows, with how many targets and bytes those are."""
+def _same_tokenizer_in(start_from: Path | None, manifest: dict[str, Any]) -> None:
+    """Refuse to go on from a model that learnt other ids."""
+    if start_from is None:
+        return
+    found, made_with = fingerprint(load_tokenizer(start_from)), manifest["tokenizer_fingerprint"]
+    if found != made_with:
+        raise BadInput(
+            Problem(
+                f"model.start_from ({start_from}) has tokenizer {found[:12]}, the run has {made_with[:12]}",
+                "start from a model of a run with the same text and tokenizer settings, or train a fresh one",
+            )
+        )
+
+
+def _baselines(tokens: Path, manifest: dict[str, Any], rows: int, stream: HeldOutRows) -> dict[str, float]:
+    """Unigram and bigram nats a target on the held-out rows, with how many targets and bytes those are.
+
+    With what the unigram table scores on hidden words, if the stream is masked.
+    """
     from llm.baselines import count, mean_nats
     from llm.packing import IGNORED, RowReader
     from llm.shardfile import Shards
@@ -99,7 +129,7 @@ def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, f
 
     counts = count(Shards(mirror.here(tokens) / "train").flat(COUNTED_TOKENS), manifest["vocab_size"])
     chosen = spread(rows, manifest["held_out"]["rows"])
-    held_out = RowReader(tokens / "held_out", manifest["pad_id"]).read(chosen)
+    held_out = RowReader(tokens / "held_out", manifest["pad_id"], stream.isolated).read(chosen)
     targets = held_out["labels"][:, 1:]
     targets = targets[targets != IGNORED]
     lengths = token_bytes(load_tokenizer(mirror.here(tokens.parent.parent / "tokenizer" / "tokenizer")))
@@ -107,33 +137,64 @@ def _baselines(tokens: Path, manifest: dict[str, Any], rows: int) -> dict[str, f
         **mean_nats(counts, held_out["input_ids"], held_out["labels"]),
         "targets": int(targets.size),
         "bytes": int(lengths[targets].sum()),
+        **(masked_baselines(stream, counts, manifest["eos_id"]) if stream.masking else {}),
     }
 
 
-def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, mixture: Mixture | None) -> training.Job:
+def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, mixture: Mixture | None) -> worker.Job:
     recipe = stage.recipe
     settings = recipe.pretrain
-    held_out = HeldOutRows.of_set(rows, tokens / "held_out", manifest["pad_id"], settings)
+    pad_id, isolated = manifest["pad_id"], settings.isolate
     tokenizer = stage.input("tokenizer") / "tokenizer"
-    return training.Job(
+    masking = masking_of(settings, tokenizer, recipe.seed)
+    held_out = HeldOutRows.of_set(rows, tokens / "held_out", pad_id, settings, isolated, masking)
+    return worker.Job(
         folder=stage.folder.path,
         settings=settings,
-        build=partial(build, recipe.model.shape, tokenizer, recipe.seed),
-        objective=next_token_objective,
+        build=partial(_build_told, settings.objective, partial(build, recipe.model.shape, tokenizer, recipe.seed)),
+        objective=cloze.guess_nats if masking else next_token_objective,
         tokenizer=tokenizer,
-        stream=RowStream.of(tokens / "train", manifest["pad_id"], settings, recipe.seed, mixture),
+        stream=RowStream.of(tokens / "train", pad_id, settings, recipe.seed, mixture, isolated, masking),
         held_out=held_out,
+        evaluation=_evaluation(settings.objective, manifest["held_out"]["sources"]),
         facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": held_out.targets()},
+        bytes_per_target=None if masking else manifest["train"]["text_bytes"] / manifest["train"]["tokens"],
+        counts_flops=True,
     )
 
 
-def build(shape: Preset, tokenizer: Path, seed: int, saved: Path | None) -> torch.nn.Module:
-    """The model as `seed` draws it, or as it was saved."""
-    from transformers import LlamaForCausalLM
+def _evaluation(objective: str, sources: dict[str, Any]) -> worker.Evaluation:
+    if objective != "causal":
+        return partial(held_out_figures, objective=objective)
+    return partial(held_out_by_source, names=list(sources), rows=[about["rows"] for about in sources.values()])
+
+
+def masking_of(settings: PretrainSettings, tokenizer: Path, seed: int) -> Masking | None:
+    """What of the rows is masked; None for next-token prediction alone."""
+    if settings.objective == "causal":
+        return None
+    share = 1.0 if settings.objective == "masked" else settings.masked_share
+    return Masking(str(tokenizer), settings.mask_rate, share, seed)
+
+
+def _build_told(objective: str, build: worker.Build, saved: Path | None) -> torch.nn.Module:
+    """What `build` builds, with its objective in the configuration that is saved with it."""
+    model = build(saved)
+    cloze.tell_objective(model, objective)
+    return model
+
+
+def build(shape: Preset | Architecture | Saved, tokenizer: Path, seed: int, saved: Path | None) -> torch.nn.Module:
+    """The model as `seed` draws it or as a folder has it; or, of a checkpoint, as it was saved."""
+    from transformers import AutoModelForCausalLM
 
     if saved is not None:
-        return LlamaForCausalLM.from_pretrained(saved, local_files_only=True, use_safetensors=True)
-    return build_model(llama_config(shape, load_tokenizer(mirror.here(tokenizer))), seed)
+        return AutoModelForCausalLM.from_pretrained(
+            saved, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    if isinstance(shape, Saved):
+        return load_weights(mirror.here(shape.folder))
+    return build_model(shape.config(load_tokenizer(mirror.here(tokenizer))), seed)
 
 
 def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -150,20 +211,16 @@ def _outcome(
     stage: StageRun, manifest: dict[str, Any], baselines: dict[str, float], epochs: dict[str, float]
 ) -> Outcome:
     steps = records.read_lines(stage.folder.path / "metrics.jsonl")
-    nats = {
-        "held_out": records.read_lines(stage.folder.path / "held_out.jsonl")[-1]["held_out_loss"],
-        "bigram": baselines["bigram"],
-        "unigram": baselines["unigram"],
-    }
-    # Nats a target to bits a byte of text: what compares models across tokenizers.
-    bits = {name: loss * baselines["targets"] / math.log(2) / baselines["bytes"] for name, loss in nats.items()}
+    held_out = records.read_lines(stage.folder.path / "held_out.jsonl")[-1]
+    objective = stage.recipe.pretrain.objective
+    figures = [_causal_figures(held_out, baselines)] if objective != "masked" else []
+    figures += [_masked_figures(held_out, baselines)] if objective != "causal" else []
     tokens = steps[-1]["tokens"]
     parameters = stage.recipe.model.shape.parameters(manifest["vocab_size"])
     return Outcome(
         read=f"{tokens / 1e6:.2f} M tokens ({tokens / manifest['train']['tokens']:.2f} epochs)",
         wrote=f"base model of {parameters / 1e6:.2f} M parameters",
-        figure=f"held-out loss {nats['held_out']:.3f} nats, {bits['held_out']:.3f} bits a byte "
-        f"(bigram {nats['bigram']:.3f}, {bits['bigram']:.3f}; unigram {nats['unigram']:.3f}, {bits['unigram']:.3f})",
+        figure="; ".join(said for said, _ in figures),
         metrics={
             "steps": len(steps),
             "tokens": tokens,
@@ -171,16 +228,84 @@ def _outcome(
             "parameters": parameters,
             "first_loss": steps[0]["loss"],
             "last_loss": steps[-1]["loss"],
-            "held_out_targets": baselines["targets"],
-            "held_out_bytes": baselines["bytes"],
-            **{f"{name}_loss": loss for name, loss in nats.items()},
-            **{f"{name}_bits_per_byte": value for name, value in bits.items()},
+            "held_out_loss": held_out["held_out_loss"],
+            **{name: value for _, metrics in figures for name, value in metrics.items()},
         },
     )
 
 
+def _causal_figures(held_out: dict[str, float], baselines: dict[str, float]) -> tuple[str, dict[str, float]]:
+    """Next-token loss beside the tables', for people and as metrics."""
+    nats = {"held_out": held_out["held_out_loss"], "bigram": baselines["bigram"], "unigram": baselines["unigram"]}
+    # Nats a target to bits a byte of text: what compares models across tokenizers.
+    bits = {name: loss * baselines["targets"] / math.log(2) / baselines["bytes"] for name, loss in nats.items()}
+    said = (
+        f"held-out loss {nats['held_out']:.3f} nats, {bits['held_out']:.3f} bits a byte "
+        f"(bigram {nats['bigram']:.3f}, {bits['bigram']:.3f}; unigram {nats['unigram']:.3f}, {bits['unigram']:.3f})"
+    )
+    return said, {
+        "held_out_targets": baselines["targets"],
+        "held_out_bytes": baselines["bytes"],
+        **{f"{name}_loss": loss for name, loss in nats.items()},
+        **{f"{name}_bits_per_byte": value for name, value in bits.items()},
+    }
+
+
+def _masked_figures(held_out: dict[str, float], baselines: dict[str, float]) -> tuple[str, dict[str, float]]:
+    """The same of filling in hidden words; baselines are those of the unigram table."""
+    metrics = {
+        "masked_loss": held_out["masked_loss"],
+        "masked_accuracy": held_out["masked_accuracy"],
+        "pseudo_perplexity": math.exp(held_out["pseudo_loss"]),
+        **{name: value for name, value in baselines.items() if "masked" in name or "single" in name},
+    }
+    said = (
+        f"masked words: loss {metrics['masked_loss']:.3f} nats (unigram {metrics['unigram_masked_loss']:.3f}), "
+        f"accuracy {metrics['masked_accuracy']:.1%} (commonest token {metrics['unigram_masked_accuracy']:.1%}), "
+        f"pseudo-perplexity {metrics['pseudo_perplexity']:.1f} on {metrics['single_targets']:,} tokens"
+    )
+    return said, metrics
+
+
 def _identity(recipe: Recipe) -> dict[str, Any]:
     return {"seed": recipe.seed, "model": recipe.model.identity(), **recipe.pretrain.identity()}
+
+
+def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
+    """The model to go on from: names, sizes and times of its files, or their bytes."""
+    shape = recipe.model.shape if recipe.model.start_from else None
+    if not isinstance(shape, Saved):
+        return {}
+    files = sorted(path for path in shape.folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    found = [(path.name, hash_file(path) if verify else _stamp(path)) for path in files]
+    return {"start_from": canonical_hash(found)}
+
+
+def _stamp(path: Path) -> list[int]:
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
+
+
+def _check(recipe: Recipe) -> list[Problem]:
+    """What can be seen of a model that isn't one of ours before anything starts."""
+    model, length = recipe.model, recipe.shards.sequence_length
+    if model.preset or model.depth:
+        return []
+    setting = "model.start_from" if model.start_from else "model.config"
+    shape = model.shape
+    if length > shape.context:
+        what = f"shards.sequence_length {length} is longer than the context of {setting} ({shape.context} tokens)"
+        return [Problem(what, "shorten the rows, or take another model")]
+    if why := _why_unfit(shape.config(Ids(64)), recipe.pretrain):
+        return [Problem(f"{setting} can't be pretrained on packed rows: {why}", "take another architecture")]
+    return []
+
+
+def _why_unfit(config: PreTrainedConfig, settings: PretrainSettings) -> str | None:
+    """Why models of this architecture can't be trained on the recipe's objective; None if they can."""
+    if settings.objective != "masked" and (why := unfit(config, isolated=settings.isolate)):
+        return why
+    return cloze.unfit(two_layers(config).eval()) if settings.objective != "causal" else None
 
 
 STAGE = Stage(
@@ -189,6 +314,8 @@ STAGE = Stage(
     needs=("tokenizer", "shards"),
     artefacts=("model",),
     identity=_identity,
+    check=_check,
+    sources=_sources,
     demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.vocab_size), recipe.pretrain),
     run=run,
 )

@@ -27,6 +27,7 @@ from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed, Stopped
 from cluster.progress import progress
 from cluster.runs import canonical_hash, remove, stop_is_asked
+from llm.architectures import context_of, read_config
 from llm.chat import check_messages, render_conversation, render_turns
 from llm.sampling import SamplingParams
 from llm.vocabulary import load_tokenizer
@@ -127,7 +128,7 @@ def _small_talk(path: Path) -> Iterator[Prompt]:
 
 
 def _context(model: Path) -> int:
-    return int(json.loads((model / "config.json").read_text())["max_position_embeddings"])
+    return context_of(read_config(model))
 
 
 def _refuse_none(found: Found) -> None:

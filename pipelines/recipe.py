@@ -69,11 +69,15 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _row_fits_context(self) -> Recipe:
+        """But for a folder's model, which may lie elsewhere by now: pretraining looks at it before it starts."""
+        if self.model.start_from:
+            return self
         context = self.model.shape.context
         if self.shards.sequence_length > context:
+            name = f"preset '{self.model.preset}'" if self.model.preset else "the model"
             raise ValueError(
-                f"shards.sequence_length {self.shards.sequence_length} is longer than the context of preset "
-                f"'{self.model.preset}' ({context} tokens)"
+                f"shards.sequence_length {self.shards.sequence_length} is longer than the context of {name} "
+                f"({context} tokens)"
             )
         return self
 

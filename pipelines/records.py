@@ -1,16 +1,22 @@
-"""The files that follow a training stage's steps, a JSON object a line: metrics, the ledger, held-out losses."""
+"""The files that follow a training stage's steps, a JSON object a line: metrics, the ledger, held-out losses, events.
+
+All but the events are cut back to the checkpoint that a stage goes on from.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster import segments
+from llm.guard import Window, with_window
 
-NAMES = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl")
+EVENTS = "events.jsonl"  # what happened beside steps: batches left out, slow ranks
+NAMES = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl", EVENTS)
 
 
 @contextmanager
@@ -20,7 +26,7 @@ def followed(folder: Path, step: int) -> Iterator[Callable[[], None]]:
     It raises StageFailed where another worker has taken over: what this one does no longer counts.
     """
     for name in NAMES:
-        cut_back(folder / name, step)
+        cut_back(folder / name, sys.maxsize if name == EVENTS else step)
     with ExitStack() as files:
         sends = [files.enter_context(segments.growing(folder / name, base=True)) for name in NAMES]
 
@@ -29,6 +35,19 @@ def followed(folder: Path, step: int) -> Iterator[Callable[[], None]]:
                 send()
 
         yield flush
+
+
+def left_out(folder: Path) -> list[dict[str, Any]]:
+    """The events by which batches were left out of the training in `folder`, oldest first."""
+    return [event for event in read_lines(folder / EVENTS) if event["event"] == "skipped"]
+
+
+def windows(events: list[dict[str, Any]]) -> list[Window]:
+    """The batches that those events left out."""
+    found: list[Window] = []
+    for event in events:
+        found = with_window(found, *event["batches"])
+    return found
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from llm.files import write_json
 from llm.packing import IGNORED, RowReader, pack_groups
 from llm.preferences import count_pairs, pair_margins, ranking_nats
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import checkpoints, records, training
+from pipelines import checkpoints, records, training, worker
 from pipelines.recipe import Recipe
 from pipelines.stage import Outcome, Stage, StageRun
 from pipelines.stream import HeldOutRows, RowStream
@@ -86,11 +86,11 @@ def _write(groups: list[tuple[list[Piece], int]], vocab_size: int, row_tokens: i
     write_rows(target, pieces, vocab_size, lambda lengths: pack_groups(lengths, row, counts, row_tokens))
 
 
-def _job(stage: StageRun, manifest: dict[str, Any]) -> training.Job:
+def _job(stage: StageRun, manifest: dict[str, Any]) -> worker.Job:
     settings, tokens = stage.recipe.reward, stage.folder.path / "tokens"
     rows = min(settings.held_out_rows, manifest["held_out"]["rows"])
     held_out = HeldOutRows.of_set(rows, tokens / "held_out", manifest["pad_id"], settings)
-    return training.Job(
+    return worker.Job(
         folder=stage.folder.path,
         settings=settings,
         build=partial(build, stage.input("sft") / "model", stage.recipe.seed),

@@ -31,7 +31,7 @@ from llm.packing import IGNORED, pack_groups
 from llm.preferences import group_advantages, kl_estimate, policy_loss, token_logprobs
 from llm.sampling import SamplingParams
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import checkpoints, conversations, records, reward, training
+from pipelines import checkpoints, conversations, records, reward, training, worker
 from pipelines.recipe import Recipe
 from pipelines.schema import RlhfSettings
 from pipelines.sft import build
@@ -80,9 +80,9 @@ def _render(folder: Path, tokenizer_folder: Path, longest: int, answers: int, ta
         write_json(target / "manifest.json", facts)
 
 
-def _job(stage: StageRun, manifest: dict[str, Any]) -> training.Job:
+def _job(stage: StageRun, manifest: dict[str, Any]) -> worker.Job:
     settings, chat = stage.recipe.rlhf, stage.input("sft") / "model"
-    return training.Job(
+    return worker.Job(
         folder=stage.folder.path,
         settings=settings,
         build=partial(build, chat),
@@ -125,7 +125,7 @@ class Rollouts:
         return cls(policy, engine, frozen[0], frozen[1], tokenizer.pad_token_id, settings, seed)
 
     @torch.no_grad()
-    def __call__(self, batch: training.Batch, step: int) -> training.Batch:
+    def __call__(self, batch: worker.Batch, step: int) -> worker.Batch:
         """Prompts (R, T) to answers, advantages and log-probabilities, each (R, K, ...)."""
         self.policy.eval()
         answers = self._write_answers(batch, step)
@@ -145,7 +145,7 @@ class Rollouts:
         shaped = {name: array.view(*rewards.shape, *array.shape[1:]).cpu().numpy() for name, array in arrays.items()}
         return replace(batch, arrays=shaped, figures=_figures(rewards, mask, sampled, reference, answers))
 
-    def _write_answers(self, batch: training.Batch, step: int) -> list[Completion]:
+    def _write_answers(self, batch: worker.Batch, step: int) -> list[Completion]:
         """K answers to each prompt, the K of a prompt side by side; seeds depend on step, row and number alone."""
         prompts, params = [], []
         for row, padded in zip(batch.rows.tolist(), batch.arrays["input_ids"], strict=True):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from llm.presets import PRESETS, Preset
+from cluster import mirror
+from cluster.errors import BadInput, Problem
+from cluster.runs import folder_at
+from llm.architectures import Architecture, Saved, check_architecture, saved_at
+from llm.presets import PRESETS, Preset, from_depth
 from llm.schedules import learning_rate
 from llm.vocabulary import SMALLEST_VOCABULARY
 from pipelines.alignment import ConversationSource
@@ -179,29 +183,83 @@ class ShardsSettings(Settings):
     """Documents to token shards and the packing index."""
 
     sequence_length: int = identity(2048, "tokens in a row (one training sequence)", ge=8)
+    packing: Literal["best_fit", "concatenate"] = identity(
+        "best_fit",
+        "how documents fill rows: with few of them cut, or one after another in order; code always in order, so that "
+        "the files of a repository share rows",
+    )
     tokens_per_shard: int = identity(16_000_000, "tokens of a shard file, about", ge=1_000)
     cpus_per_task: float = placement(1, "CPUs that a task claims", gt=0)
 
 
 class ModelSettings(Settings):
-    """The shape of the model."""
+    """The model, by exactly one of its four settings; the preset 'tiny' when none is given."""
 
-    preset: str = identity("tiny", f"one of {', '.join(PRESETS)}")
+    preset: str | None = identity(None, f"a shape with a name: one of {', '.join(PRESETS)}")
+    depth: int | None = identity(None, "layers of a Llama decoder; its other numbers follow", ge=1, le=512)
+    config: dict[str, Any] | None = identity(
+        None, "model_type and configuration values of any causal model of transformers; dropout is 0 if not given"
+    )
+    start_from: str | None = placement(
+        None,
+        "a Hugging Face folder (safetensors) with a causal model of the run's own tokenizer, to go on training; its "
+        "content is identity",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_four(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = [name for name in ("preset", "depth", "config", "start_from") if values.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, each a whole model: set all but one to null")
+        return values if given else {**values, "preset": "tiny"}
 
     @field_validator("preset")
     @classmethod
-    def _known(cls, preset: str) -> str:
-        if preset not in PRESETS:
+    def _known(cls, preset: str | None) -> str | None:
+        if preset is not None and preset not in PRESETS:
             raise ValueError(f"unknown preset, known are {', '.join(PRESETS)}")
         return preset
 
+    @field_validator("config")
+    @classmethod
+    def _buildable(cls, config: dict[str, Any] | None) -> dict[str, Any] | None:
+        if config is not None:
+            check_architecture(config)
+        return config
+
     @property
-    def shape(self) -> Preset:
-        return PRESETS[self.preset]
+    def folder(self) -> Path | None:
+        """Where the model to go on from lies, on this machine."""
+        return mirror.here(folder_at(self.start_from)) if self.start_from else None
+
+    @property
+    def shape(self) -> Preset | Architecture | Saved:
+        """What the model is built by. BadInput if it is a folder's that holds no known model."""
+        if self.folder:
+            return self._found(self.folder)
+        if self.config:
+            return check_architecture(self.config)
+        return from_depth(self.depth) if self.depth else PRESETS[self.preset or "tiny"]
+
+    def _found(self, folder: Path) -> Saved:
+        try:
+            return saved_at(folder)
+        except ValueError as error:
+            remedy = "name a folder that `save_pretrained` wrote, with its tokenizer"
+            raise BadInput(Problem(f"model.start_from: {error}", remedy)) from None
 
     def identity(self) -> dict[str, Any]:
-        """The numbers, not the name: a preset that is redefined is another model."""
-        return asdict(self.shape)
+        """The numbers, not the name: a preset that is redefined is another model. A folder counts by its content."""
+        if self.start_from:
+            return {"start_from": "a folder"}
+        if self.config:
+            return {"config": self.config}
+        shape = self.shape
+        assert isinstance(shape, Preset)
+        return shape.numbers()
 
 
 class TrainingSettings(Settings):
@@ -211,13 +269,21 @@ class TrainingSettings(Settings):
     global_batch: int = identity(doc="rows in one optimizer step, over all workers", ge=1)
     learning_rate: float = identity(3e-4, "peak of the schedule", gt=0)
     warmup_steps: int = identity(100, "steps of linear warm-up", ge=0)
-    decay: Literal["cosine", "linear", "none"] = identity("cosine", "how the rate falls after the warm-up")
+    decay: Literal["cosine", "linear", "wsd", "none"] = identity(
+        "cosine", "how the rate falls after the warm-up; wsd: stays at the peak, then falls in a line"
+    )
+    decay_share: float = identity(0.2, "share of the steps in which the rate falls, with decay=wsd", gt=0, le=1)
     final_learning_rate: float = identity(0.1, "share of the peak at the last step", ge=0, le=1)
     weight_decay: float = identity(0.1, "decoupled decay of matrices (not of norms)", ge=0)
     beta1: float = identity(0.9, "AdamW's first-moment decay", ge=0, lt=1)
     beta2: float = identity(0.95, "AdamW's second-moment decay", ge=0, lt=1)
     clip_norm: float = identity(1.0, "largest gradient norm, 0 for no clipping", ge=0)
-    dtype: Literal["fp32", "bf16"] = identity("bf16", "compute precision; optimizer state is fp32 in either")
+    spike_sigmas: float | None = identity(
+        None, "a loss so many standard deviations above the last 128 is a spike and its step doesn't count", gt=0
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = identity(
+        "bf16", "compute precision; optimizer state is fp32 in each; fp16 on GPUs alone"
+    )
     held_out_rows: int = identity(4096, "held-out rows to evaluate on, at most", ge=1)
 
     workers: int = placement(1, "training processes", ge=1)
@@ -229,6 +295,22 @@ class TrainingSettings(Settings):
     data_cpus: float = placement(0.25, "CPUs that a Ray Data reading task claims", gt=0)
     save_every: int = placement(500, "steps between checkpoints", ge=1)
     keep_checkpoints: int = placement(2, "newest checkpoints to keep", ge=1)
+    keep_best: int = placement(0, "checkpoints of the lowest held-out loss to keep besides", ge=0)
+    offload: Literal["none", "optimizer", "all"] = placement(
+        "none", "what of the training state leaves the GPU: the optimizer's, or with ZeRO-3 the weights too"
+    )
+    offload_to: str = placement("cpu", "where that goes: 'cpu', or a folder on a local NVMe disk")
+    activation_checkpointing: bool = placement(
+        False, "compute activations again in the backward pass instead of keeping them"
+    )
+    compile: bool = placement(False, "compile the model (torch.compile); needs a C++ compiler on CPU")
+    peak_flops: float | None = placement(
+        None, "dense FLOP/s of a worker's device for the MFU, where it isn't one that is known", gt=0
+    )
+    deadline_s: float = placement(
+        600, "seconds that training may stand still in one place; then the rank waited for is named", ge=5
+    )
+    max_skips: int = placement(5, "times that bad batches are left out before the stage gives up", ge=0)
     evaluate_every: int | None = placement(None, "steps between held-out evaluations, only the last when null", ge=1)
     max_failures: int = placement(3, "worker-group restarts before the stage gives up", ge=0)
 
@@ -241,6 +323,21 @@ class TrainingSettings(Settings):
         rows = self.global_batch // self.workers
         if rows % min(self.micro_batch, rows):
             raise ValueError(f"a worker's {rows} rows must be a multiple of micro_batch, which is {self.micro_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _gpu_alone(self) -> TrainingSettings:
+        if self.gpus_per_worker:
+            return self
+        refused = {"dtype": self.dtype == "fp16", "offload": self.offload != "none"}
+        for name in (name for name, asked in refused.items() if asked):
+            raise ValueError(f"{name}={getattr(self, name)} needs GPUs: set gpus_per_worker, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> TrainingSettings:
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload=all needs zero_stage 3, got {self.zero_stage}")
         return self
 
     @model_validator(mode="after")
@@ -257,6 +354,7 @@ class TrainingSettings(Settings):
             warmup_steps=self.warmup_steps,
             steps=self.steps,
             decay=self.decay,
+            decay_share=self.decay_share,
             final=self.final_learning_rate,
         )
 
@@ -271,13 +369,27 @@ class TrainingSettings(Settings):
 
 
 class PretrainSettings(TrainingSettings):
-    """Token shards to a base model, by next-token prediction."""
+    """Token shards to a base model, by next-token prediction, by masked words or by both."""
+
+    objective: Literal["causal", "masked", "mixed"] = identity(
+        "causal", "predict the next token, fill in masked words, or of each row one of the two"
+    )
+    masked_share: float = identity(0.5, "share of the rows that are masked where the objective is mixed", gt=0, lt=1)
+    mask_rate: float = identity(
+        0.15, "share of a masked row's tokens that are to be filled in (arXiv 1810.04805)", gt=0, lt=1
+    )
+    spike_sigmas: float | None = identity(
+        12, "a loss so many standard deviations above the last 128 is a spike and its step doesn't count", gt=0
+    )
 
     mixture: dict[str, float] = identity(
         {}, "weights of the sources by name: shares of the tokens trained on; empty for what the sources have"
     )
     max_epochs: float = identity(
         4.0, "how often a source is read at most in a mixture; the rest goes to the others (arXiv 2305.16264)", gt=0
+    )
+    isolate: bool = identity(
+        True, "whether the documents of a row are hidden from one another, each at positions from 0 on"
     )
 
     @field_validator("mixture")

@@ -17,7 +17,7 @@ from llm.chat import render_conversation
 from llm.files import write_json
 from llm.packing import IGNORED, pack_whole
 from llm.vocabulary import fingerprint, load_tokenizer
-from pipelines import checkpoints, conversations, records, training
+from pipelines import checkpoints, conversations, records, training, worker
 from pipelines.alignment import ConversationSource
 from pipelines.pretrain import next_token_objective
 from pipelines.recipe import Recipe
@@ -96,12 +96,12 @@ def _piece(tokenizer, conversation: conversations.Conversation) -> Piece:
     return Piece(conversation.id, ids, labels)
 
 
-def _job(stage: StageRun, manifest: dict[str, Any]) -> training.Job:
+def _job(stage: StageRun, manifest: dict[str, Any]) -> worker.Job:
     settings, tokens = stage.recipe.sft, stage.folder.path / "tokens"
     rows = min(settings.held_out_rows, manifest["held_out"]["rows"])
     train = RowStream.of(tokens / "train", manifest["pad_id"], settings, stage.recipe.seed)
     held_out = HeldOutRows.of_set(rows, tokens / "held_out", manifest["pad_id"], settings)
-    return training.Job(
+    return worker.Job(
         folder=stage.folder.path,
         settings=settings,
         build=partial(build, stage.input("pretrain") / "model"),

@@ -31,7 +31,7 @@ from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
 from llm.encoding import load_encoder
 from llm.files import write_json
-from llm.packing import joined, pack, write_index
+from llm.packing import PACKINGS, joined, write_index
 from llm.shardfile import check_boundaries, read_arrow, token_lists, write_arrow
 from llm.vocabulary import END_OF_TEXT, fingerprint, load_tokenizer, special_ids
 from pipelines import documents
@@ -50,7 +50,7 @@ def run(stage: StageRun) -> Outcome:
     target = stage.folder.kept_folder("tokens")
     tokenized = _tokenize_all(work, stage)
     shards = _shuffle_all(work, stage, tokenized, target)
-    packed = _pack_all(work, stage.recipe, shards, target)
+    packed = _pack_all(work, stage.recipe, tokenized, shards, target)
     manifest = _manifest(stage, shards, packed)
     _refuse_too_little(manifest)
     write_json(target / "manifest.json", manifest)
@@ -90,8 +90,10 @@ class _Heap:
     keys: list[int] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
+    code_tokens: int = 0
 
     def add(self, row: dict[str, Any], tokens: np.ndarray) -> None:
+        self.code_tokens += len(tokens) if row["kind"] == "code" else 0
         self.ids.append(row["id"])
         self.keys.append(shuffle_key(row))
         self.text_bytes.append(len(row["text"].encode()))
@@ -109,7 +111,8 @@ class _Heap:
         }
         with writing(step.file(number, _heap_name(set_name, source))) as path:
             write_arrow(path, pa.table(columns))
-        return {"set": set_name, "source": source, "tokens": sum(map(len, self.tokens))}
+        sizes = {"tokens": sum(map(len, self.tokens)), "code_tokens": self.code_tokens}
+        return {"set": set_name, "source": source, **sizes}
 
 
 def _heap_name(set_name: str, source: str) -> str:
@@ -199,8 +202,13 @@ def _in_range(path: Path, low: int, high: int) -> pa.Table:
 # Packing
 
 
-def _pack_all(work: Work, recipe: Recipe, shards: list[Summary], target: Path) -> list[Summary]:
+def _pack_all(
+    work: Work, recipe: Recipe, tokenized: list[Summary], shards: list[Summary], target: Path
+) -> list[Summary]:
     """The packing index of each set. Sources are packed one by one, so that every row is of one source."""
+    packing = {
+        source: "concatenate" if _is_code(tokenized, source) else recipe.shards.packing for source in _sources(recipe)
+    }
     items = [
         {
             "set": name,
@@ -208,12 +216,19 @@ def _pack_all(work: Work, recipe: Recipe, shards: list[Summary], target: Path) -
                 source: [shard["number"] for shard in shards if (shard["set"], shard["source"]) == (name, source)]
                 for source in _sources(recipe)
             },
+            "packing": packing,
         }
         for name in SETS
     ]
     lengths = work.step("shuffle")
     task = partial(_pack, lengths=lengths, target=target, row_tokens=recipe.shards.sequence_length)
     return work.each("pack", items, task, "sets")
+
+
+def _is_code(tokenized: list[Summary], source: str) -> bool:
+    """Whether most of a source is code: then its order, files of a repository one after another, stays in the rows."""
+    found = [file for part in tokenized for file in part["files"] if file["source"] == source]
+    return 2 * sum(file["code_tokens"] for file in found) > sum(file["tokens"] for file in found)
 
 
 def _pack(number: int, item: dict[str, Any], step: Step, lengths: Step, target: Path, row_tokens: int) -> Summary:
@@ -223,7 +238,7 @@ def _pack(number: int, item: dict[str, Any], step: Step, lengths: Step, target: 
         source: np.concatenate([empty, *(read_columns(lengths.file(one, "arrow"))["length"] for one in numbers)])
         for source, numbers in item["sources"].items()
     }
-    packed = {source: pack(values, row_tokens) for source, values in found.items()}
+    packed = {source: PACKINGS[item["packing"][source]](values, row_tokens) for source, values in found.items()}
     name = f"{item['set']}/packing.arrow"
     with writing(target / name) as path:
         write_index(joined(list(packed.values()), [len(values) for values in found.values()]), path)
@@ -349,7 +364,7 @@ def _damaged(tokens: Path, name: str, about: dict[str, Any]) -> str | None:
 
 STAGE = Stage(
     name="shards",
-    version=2,
+    version=3,
     needs=("ingest", "tokenizer"),
     artefacts=("tokens",),
     identity=lambda recipe: {

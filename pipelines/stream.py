@@ -25,11 +25,13 @@ from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
 
 from cluster import mirror
+from llm.masking import Kind, Masking, Plan, empty, joined, load_masker, mask_rows
 from llm.order import Mixture, batch_rows, spread
 from llm.packing import RowReader
 from pipelines.schema import TrainingSettings
 
 REST_S = 0.05
+SINGLE_ROWS = 512  # held-out rows of which one token by itself is to be guessed, at most
 BLOCK_BYTES = 8 << 20  # of one worker's rows in one span: far below Ray Data's block size, which would be cut
 
 
@@ -45,22 +47,45 @@ class RowStream:
     last_step: int
     seed: int
     mixture: Mixture | None = None
+    isolated: bool = True  # whether the pieces of a row are sequences of their own
+    masking: Masking | None = None  # what of the rows is hidden, to be filled in
 
     @classmethod
     def of(
-        cls, folder: Path, pad_id: int, settings: TrainingSettings, seed: int, mixture: Mixture | None = None
+        cls,
+        folder: Path,
+        pad_id: int,
+        settings: TrainingSettings,
+        seed: int,
+        mixture: Mixture | None = None,
+        isolated: bool = True,
+        masking: Masking | None = None,
     ) -> RowStream:
         """All steps of a training stage."""
-        return cls(str(folder), pad_id, settings.global_batch, settings.workers, 0, settings.steps, seed, mixture)
+        batch, workers, steps = settings.global_batch, settings.workers, settings.steps
+        return cls(str(folder), pad_id, batch, workers, 0, steps, seed, mixture, isolated, masking)
 
     @property
     def _reader(self) -> RowReader:
         folder = mirror.here(Path(self.folder))
-        return _open(self.folder, self.pad_id, (folder / "packing.arrow").stat().st_mtime_ns)
+        return _open(self.folder, self.pad_id, self.isolated, (folder / "packing.arrow").stat().st_mtime_ns)
 
     def rows_of_batch(self, step: int) -> np.ndarray:
         """Row ids of a global batch, in the order in which workers take them. An id below 0 is filler."""
         return batch_rows(step, self.global_batch, self._reader.index.num_rows, self.seed, self.mixture)
+
+    def plan_of_batch(self, step: int) -> Plan:
+        """What becomes of each of those rows. Its place in the stream tells a row's readings from one another."""
+        rows = self.rows_of_batch(step)
+        readings = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        kinds = self.masking.kinds(rows, readings) if self.masking else np.full(len(rows), Kind.CAUSAL)
+        return self._planned(rows, readings, kinds)
+
+    def _planned(self, rows: np.ndarray, readings: np.ndarray, kinds: np.ndarray) -> Plan:
+        targets = self._reader.targets(rows)
+        if self.masking:
+            targets = self.masking.targets(kinds, targets, self._reader.index.targets(rows))
+        return Plan(rows, readings, kinds, targets)
 
     def spans(self) -> list[tuple[int, int]]:
         """Ranges of steps whose rows make a block."""
@@ -71,19 +96,25 @@ class RowStream:
 
     def block(self, span: tuple[int, int], worker: int) -> pa.Table:
         """One worker's rows for a span: `step`, `row`, `batch_targets` (targets in the whole global batch), tokens."""
-        batches = [self.rows_of_batch(step) for step in range(*span)]
+        plans = [self.plan_of_batch(step) for step in range(*span)]
         share = self.global_batch // self.workers
-        mine = np.concatenate([rows[worker * share : (worker + 1) * share] for rows in batches])
-        targets = [int(self._reader.index.targets(rows[rows >= 0]).sum()) for rows in batches]
-        tokens = self._reader.read(mine)
+        mine = joined([plan.part(worker * share, (worker + 1) * share) for plan in plans])
         return pa.table(
             {
                 "step": np.repeat(np.arange(*span), share),
-                "row": mine,
-                "batch_targets": np.repeat(targets, share),
-                **{name: ArrowTensorArray.from_numpy(values) for name, values in tokens.items()},
+                "row": mine.rows,
+                "batch_targets": np.repeat([int(plan.targets.sum()) for plan in plans], share),
+                **{name: _column(values) for name, values in self.read(mine).items()},
             }
         )
+
+    def read(self, plan: Plan) -> dict[str, np.ndarray]:
+        """The rows of `plan`: columns of `RowReader.read`, with words hidden and `kind` if the stream is masked."""
+        tokens = self._reader.read(plan.rows)
+        if self.masking is None:
+            return tokens
+        masker = load_masker(mirror.here(Path(self.masking.tokenizer)) / "tokenizer.json")
+        return mask_rows(tokens, plan, masker, self.masking.seed)
 
     def dataset(self, cpus: float) -> ray.data.Dataset:
         """The stream as a Ray dataset whose tasks claim `cpus` each."""
@@ -95,34 +126,68 @@ class RowStream:
 
 @dataclass(frozen=True)
 class HeldOutRows(RowStream):
-    """`num_rows` rows of a held-out set, spread evenly over it, filled up with empty rows to whole batches."""
+    """`num_rows` rows of a held-out set, spread evenly over it, filled up with empty rows to whole batches.
+
+    Of a masked stream each comes masked, and up to SINGLE_ROWS of them once more with one token hidden by itself;
+    where only a share of the rows is masked, all come as they are too.
+    """
 
     num_rows: int = 0
 
     @classmethod
-    def of_set(cls, num_rows: int, folder: Path, pad_id: int, settings: TrainingSettings) -> HeldOutRows:
+    def of_set(
+        cls,
+        num_rows: int,
+        folder: Path,
+        pad_id: int,
+        settings: TrainingSettings,
+        isolated: bool = True,
+        masking: Masking | None = None,
+    ) -> HeldOutRows:
         """`num_rows` rows of the set in `folder`, a forward pass of every worker at a time."""
-        batch = settings.forward_rows * settings.workers
-        steps = math.ceil(num_rows / batch)
-        return cls(str(folder), pad_id, batch, settings.workers, 0, steps, 0, num_rows=num_rows)
+        batch, workers = settings.forward_rows * settings.workers, settings.workers
+        steps = math.ceil(sum(_counts(num_rows, masking).values()) / batch)
+        return cls(str(folder), pad_id, batch, workers, 0, steps, 0, None, isolated, masking, num_rows)
 
     @property
-    def _chosen(self) -> np.ndarray:
-        return spread(self.num_rows, self._reader.index.num_rows)
+    def _plan(self) -> Plan:
+        """All rows, in whatever batches they come. Each is read for the first time, so that it is always the same."""
+        chosen = spread(self.num_rows, self._reader.index.num_rows)
+        counts = _counts(len(chosen), self.masking)
+        rows = np.concatenate([chosen[spread(count, len(chosen))] for count in counts.values()])
+        return self._planned(rows, np.zeros_like(rows), np.repeat([*counts], [*counts.values()]))
+
+    def rows_of(self, kind: Kind) -> dict[str, np.ndarray]:
+        """Those of one kind, as `read` gives them."""
+        plan = self._plan
+        return self.read(Plan(*(column[plan.kinds == kind] for column in plan)))
 
     def targets(self) -> int:
         """How many tokens of these rows carry loss."""
-        return int(self._reader.index.targets(self._chosen).sum())
+        return int(self._plan.targets.sum())
 
     def rows_of_batch(self, step: int) -> np.ndarray:
-        rows = self._chosen[step * self.global_batch : (step + 1) * self.global_batch]
-        return np.concatenate([rows, np.full(self.global_batch - len(rows), -1, dtype=np.int64)])
+        return self.plan_of_batch(step).rows
+
+    def plan_of_batch(self, step: int) -> Plan:
+        part = self._plan.part(step * self.global_batch, (step + 1) * self.global_batch)
+        return joined([part, empty(self.global_batch - len(part.rows))])
+
+
+def _counts(rows: int, masking: Masking | None) -> dict[Kind, int]:
+    """How many held-out rows there are of each kind."""
+    causal = {Kind.CAUSAL: rows} if masking is None or masking.share < 1 else {}
+    return {**causal, Kind.MASKED: rows, Kind.SINGLE: min(rows, SINGLE_ROWS)} if masking else causal
+
+
+def _column(values: np.ndarray) -> pa.Array:
+    return ArrowTensorArray.from_numpy(values) if values.ndim > 1 else pa.array(values)
 
 
 @lru_cache(maxsize=4)
-def _open(folder: str, pad_id: int, written_ns: int) -> RowReader:
+def _open(folder: str, pad_id: int, isolated: bool, written_ns: int) -> RowReader:
     """Kept by the process that reads, never sent with a task. `written_ns` tells a set from one that replaced it."""
-    return RowReader(Path(folder), pad_id)
+    return RowReader(Path(folder), pad_id, isolated)
 
 
 class _Rest(ExecutionCallback):

@@ -13,6 +13,8 @@ from tests.bench.measure import Invalid
 HIGH, LOW = 0.8, 0.5  # Jaccard similarities: what has to be found, and what nobody may take for a duplicate
 WRONG_AT_MOST = 0.01  # of the documents without a near-duplicate, dropped all the same
 SAME_DECISIONS = 0.8  # of the pages, for the two sides to be about the same work
+COMPARED = 6  # losses, of the first steps: later ones drift apart by rounding
+LOSSES_WITHIN = {"fp32": 1e-5, "bf16": 2e-2}  # nats; bf16 rounds elsewhere in autocast than in weights of bf16
 
 
 def digest(documents_of_ids: Iterable[np.ndarray]) -> dict[str, Any]:
@@ -64,3 +66,12 @@ def same_pages(mine: dict[str, Any], other: dict[str, Any], urls: set[str]) -> d
     if same < SAME_DECISIONS or not ours_kept or not theirs_kept:
         raise Invalid(f"ours keeps {len(ours_kept)}, theirs {len(theirs_kept)} of {len(urls)} pages, {same:.0%} alike")
     return {"pages": len(urls), "our_pages": len(ours_kept), "their_pages": len(theirs_kept), "same_decisions": same}
+
+
+def same_losses(mine: dict[str, Any], other: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The largest difference of the first steps' losses, or Invalid if rounding in `dtype` doesn't explain it."""
+    pairs = list(zip(mine["losses"], other["losses"], strict=False))[:COMPARED]
+    apart = [abs(one - two) for one, two in pairs]
+    if not apart or not all(one <= LOSSES_WITHIN[dtype] for one in apart):  # of NaN neither is true
+        raise Invalid(f"losses of the first steps in {dtype} are not the same: {pairs}")
+    return {"largest_loss_difference": max(apart)}

@@ -16,7 +16,6 @@ Ends with an error only where a comparison is invalid. All of it runs on two CPU
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
 import json
@@ -24,12 +23,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from fastwarc.warc import ArchiveIterator, WarcRecordType
@@ -40,12 +39,12 @@ from llm.vocabulary import END_OF_TEXT
 from pipelines.corpus.collect import crawl_pydoc
 from pipelines.corpus.web import FURNITURE
 from pipelines.run import Journey
-from tests.bench import memory, ours, peer, texts
+from tests.bench import command, memory, ours, peer, texts
 from tests.bench.agreement import HIGH, LOW, same_doubles, same_pages, same_tokens, text_digest
-from tests.bench.measure import FOLDER, PAIRS, Figure, Invalid, Turn, at_most, compare, report, shown
+from tests.bench.command import CPUS, Scale
+from tests.bench.measure import FOLDER, Figure, Invalid, Turn, at_most, compare
 
 SEED = 20
-CPUS = 2
 OBJECT_STORE_MB = 512
 TOKENIZE_BYTES = 40_000_000
 MINHASH_BYTES, PLANTED = 40_000_000, 3_000
@@ -57,32 +56,9 @@ GROWTH = 1.15
 FILE_BYTES = 4_000_000
 
 
-class Scale(NamedTuple):
-    """How much less than the whole is measured, and in how many pairs. size: 1 for a measurement."""
-
-    size: float
-    pairs: int
-
-    def of(self, whole: int) -> int:
-        return max(1, round(whole * self.size))
-
-
 def main(arguments: list[str]) -> int:
     """Measure the figures asked for, all of them by default."""
-    chosen = _parsed(arguments)
-    scale = Scale(chosen.scale, chosen.pairs)
-    print(f"text: {texts.described()}; scale {scale.size:g}, {scale.pairs} pairs", flush=True)
-    figures, invalid = [], []
-    for name in chosen.figures or FIGURES:
-        try:
-            figures += _told(FIGURES[name](scale))
-        except (Invalid, memory.Failed) as error:
-            invalid.append(name)
-            print(f"BENCH {name} invalid: {error}", flush=True)
-    about = {"text": texts.described(), "scale": scale.size, "pairs": scale.pairs, "invalid": invalid}
-    report(figures, about, FOLDER / "data.json")
-    print(shown(figures))
-    return 1 if invalid else 0
+    return command.run("tests.bench.data", FIGURES, arguments, FOLDER / "data.json")
 
 
 # The figures
@@ -148,7 +124,7 @@ def memory_of_all(scale: Scale) -> list[Figure]:
     return [*figures, at_most("memory_flat", large, GROWTH * small, detail)]
 
 
-FIGURES: dict[str, Callable[[Scale], list[Figure]]] = {
+FIGURES: dict[str, command.Measure] = {
     "tokenize": tokenize,
     "tokenize_vs_datatrove": tokenize_vs_datatrove,
     "minhash": minhash,
@@ -288,29 +264,6 @@ def _empty(name: str) -> Path:
     return folder
 
 
-# The command
-
-
-def _on_few_cpus() -> None:
-    """Keep this process, and all that it will start, to two CPUs, where the system can do that."""
-    if sys.platform == "linux":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
-
-
-def _told(figures: list[Figure]) -> list[Figure]:
-    for figure in figures:
-        print(figure.line(), flush=True)
-    return figures
-
-
-def _parsed(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.data")
-    parser.add_argument("figures", nargs="*", choices=[[], *FIGURES], metavar="FIGURE", help=", ".join(FIGURES))
-    parser.add_argument("--pairs", type=int, default=PAIRS, help=f"at least {PAIRS} for a measurement")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the text, to see whether it works at all")
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    _on_few_cpus()
+    command.on_few_cpus()
     sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,8 @@
-"""Running datatrove, which has a virtual environment of its own.
+"""Peers that have a virtual environment of their own: datatrove, and transformers.Trainer (`hf_trainer`).
 
-reads   tests/bench/datatrove.txt   its requirements
-writes  runs/bench/peer-datatrove   the environment, unless HEADWATER_PEER_PYTHON names the Python of one
+reads   tests/bench/PEER.txt     its requirements
+writes  runs/bench/peer-PEER     the environment, unless HEADWATER_PEER_PYTHON names the Python of datatrove's,
+                                 HEADWATER_TRAINER_PYTHON that of hf_trainer's
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from typing import Any
 
 from tests.bench.measure import FOLDER, Invalid
 
-PEER_PYTHON = "HEADWATER_PEER_PYTHON"
-REQUIREMENTS = Path(__file__).with_name("datatrove.txt")
+PYTHONS = {"datatrove": "HEADWATER_PEER_PYTHON", "hf_trainer": "HEADWATER_TRAINER_PYTHON"}
 JOBS = Path(__file__).with_name("datatrove_jobs.py")
 # One thread in each of its two worker processes; nothing may be fetched.
 ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def run(job: str, **settings: Any) -> dict[str, Any]:
-    """What the job says: its `seconds`, without the imports, and what it made. Raises Invalid if it fails."""
+    """What a job of datatrove says: `seconds`, without the imports, and what it made. Raises Invalid if it fails."""
     process = subprocess.run(
-        [str(python()), str(JOBS), job, json.dumps(settings, default=str)],
-        env=_environment(),
+        [str(python("datatrove")), str(JOBS), job, json.dumps(settings, default=str)],
+        env=environment() | ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -36,21 +36,27 @@ def run(job: str, **settings: Any) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def python() -> Path:
-    """The Python that has datatrove; its environment is made first where there is none."""
-    if named := os.environ.get(PEER_PYTHON):
+def python(peer: str) -> Path:
+    """The Python that has the peer; its environment is made first where there is none."""
+    if named := os.environ.get(PYTHONS[peer]):
         return Path(named)
-    folder = FOLDER / "peer-datatrove"
-    stamp = folder / hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:16]
+    folder = FOLDER / f"peer-{peer}"
+    stamp = folder / hashlib.sha256(requirements(peer).read_bytes()).hexdigest()[:16]
     if not stamp.exists():
         print(f"making {folder}, once", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(folder / "bin/python"), "-m", "pip", "install", "-q", "-r", str(REQUIREMENTS)], check=True)
+        install = ["-m", "pip", "install", "-q", "-r", str(requirements(peer))]
+        subprocess.run([str(folder / "bin/python"), *install], check=True)
         stamp.touch()
     return folder / "bin/python"
 
 
-def _environment() -> dict[str, str]:
+def requirements(peer: str) -> Path:
+    """The file of what is installed for the peer, every package pinned."""
+    return Path(__file__).with_name(f"{peer}.txt")
+
+
+def environment() -> dict[str, str]:
     """Ours without what is meant for our own Python."""
     left_out = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TOKENIZERS_PARALLELISM")
-    return {**{key: value for key, value in os.environ.items() if key not in left_out}, **ENVIRONMENT}
+    return {key: value for key, value in os.environ.items() if key not in left_out}

@@ -140,12 +140,13 @@ def test_what_is_gone_holds_nothing():
 
 
 def test_a_peer_that_fails_makes_it_invalid(monkeypatch):
-    monkeypatch.setenv(peer.PEER_PYTHON, sys.executable)  # ours, which has no datatrove
+    monkeypatch.setenv(peer.PYTHONS["datatrove"], sys.executable)  # ours, which has no datatrove
     with pytest.raises(Invalid, match="No module named 'datatrove'"):
         peer.run("tokenize", work="nowhere")
 
 
-def test_every_requirement_of_the_peer_is_pinned():
-    lines = [line for line in peer.REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
+@pytest.mark.parametrize(("name", "package"), [("datatrove", "datatrove"), ("hf_trainer", "transformers")])
+def test_every_requirement_of_a_peer_is_pinned(name, package):
+    lines = [line for line in peer.requirements(name).read_text().splitlines() if line and not line.startswith("#")]
     assert all("==" in line for line in lines)
-    assert any(line.startswith("datatrove") for line in lines)
+    assert any(line.startswith(package) for line in lines)

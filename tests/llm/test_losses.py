@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llm.baselines import bigram_nats, count, mean_nats, unigram_nats
-from llm.losses import next_token_nats
+from llm.losses import next_token_nats, next_token_nats_by_row
 from llm.packing import IGNORED
 from llm.presets import PRESETS, Preset, build_model, llama_config
 from llm.schedules import learning_rate
@@ -126,3 +126,13 @@ class _FakeTokenizer:
 
     def __len__(self):
         return 40
+
+
+def test_the_loss_by_row_adds_up_to_that_of_all():
+    logits, labels = torch.randn(4, 9, 11), torch.randint(0, 11, (4, 9))
+    labels[0, 3:6], labels[2] = IGNORED, IGNORED
+    nats, targets = next_token_nats_by_row(logits, labels)
+    assert nats.sum().item() == pytest.approx(next_token_nats(logits, labels).item(), rel=1e-6)
+    assert targets.tolist() == [5, 8, 0, 8]
+    assert nats[2] == 0
+    assert nats[1].item() == pytest.approx(next_token_nats(logits[1:2], labels[1:2]).item(), rel=1e-6)

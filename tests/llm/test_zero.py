@@ -127,7 +127,7 @@ def save(engine, case: Case, rank: int) -> None:
         case.last,
         rank=rank,
         world=case.ranks,
-        fragments=zero.fragments(engine, case.last),
+        fragments=checkpoints.copies(zero.fragments(engine, case.last)),
         save_model=lambda path: checkpoints.save_model(path, engine.module, weights, FakeTokenizer()),
         gather=lambda mine: everyones(mine, case.ranks),
         facts={},

@@ -22,7 +22,7 @@ def refused(*overrides: str) -> str:
         ("pretrain.zzz=5", "known settings here: steps, global_batch"),
         ("pretrain.steps=0", "greater than or equal to 1, got 0"),
         ("pretrain.steps=many", "got 'many'"),
-        ("pretrain.dtype=fp8", "'fp32' or 'bf16', got 'fp8'"),
+        ("pretrain.dtype=fp8", "'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ("pretrain.learning_rate=.nan", "finite number"),
         ("model.preset=huge", "unknown preset, known are micro, tiny"),
         ("tokenizer.vocab_size=100", "greater than or equal to 282, got 100"),
@@ -48,7 +48,7 @@ def test_all_problems_are_told_at_once():
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones():
-    with pytest.raises(BadInput, match="micro, tiny"):
+    with pytest.raises(BadInput, match="7b-64gpu, micro, small-8gpu, tiny"):
         load_recipe("mirco")
 
 

@@ -13,7 +13,7 @@ from pipelines import rlhf
 from pipelines.rlhf import Rollouts, policy_objective, sampling_seed
 from pipelines.schema import RlhfSettings
 from pipelines.settings import check
-from pipelines.training import Batch
+from pipelines.worker import Batch
 
 ANSWERS, ROWS = 4, 2
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import BadInput
 from cluster.runs import Run, hash_folder
-from llm.packing import RowReader
+from llm.packing import RowReader, pack, pack_best_fit, read_index
 from llm.shardfile import Shards, check_boundaries, read_arrow, token_lists
 from llm.vocabulary import encode_text, load_tokenizer, train_tokenizer
 from pipelines import documents, partitions, pretrain, shards, tokenizer
@@ -166,6 +166,19 @@ def test_every_row_is_of_one_source_and_no_token_is_lost(sharded):
         first = last
     assert reader.index.length.sum() == tokens.lengths().sum()
     assert first == manifest["train"]["rows"]
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concatenate"])
+def test_documents_fill_rows_as_the_recipe_says_but_code_in_its_order(run, here, tmp_path, packing):
+    copy = Run(Path(shutil.copytree(run.path, tmp_path / "run")))
+    shards.STAGE.run(begin(copy, "shards", packing=packing))
+    tokens = copy.path / "shards" / "tokens"
+    sources = shards.read_manifest(tokens)["train"]["sources"]
+    lengths, index = Shards(tokens / "train").lengths(), read_index(tokens / "train" / "packing.arrow")
+    plays, code = np.split(lengths, [sources["plays"]["documents"]])
+    expected = [{"best_fit": pack_best_fit, "concatenate": pack}[packing](plays, 32), pack(code, 32)]
+    assert index.length.tolist() == [length for one in expected for length in one.length]
+    assert index.start.tolist() == [start for one in expected for start in one.start]
 
 
 def test_shards_have_one_size_but_for_chance(sharded):
