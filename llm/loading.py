@@ -24,11 +24,6 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     check_model_folder(Path(folder))
-    if _objective(Path(folder)) == "masked":
-        raise ValueError(
-            f"{folder} was trained on masked words alone, it can't continue a text: use `headwater fill`, or pretrain "
-            "with pretrain.objective=mixed"
-        )
     return _load(AutoModelForCausalLM, folder)
 
 
@@ -42,7 +37,7 @@ def load_filler(folder: str | Path) -> PreTrainedModel:
 
     if set(_read_config(Path(folder)).get("architectures") or []) & {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}:
         return _load(AutoModelForMaskedLM, folder)
-    check_model_folder(Path(folder))
+    _check_causal(Path(folder))
     if _objective(Path(folder)) is None:
         raise ValueError(
             f"{folder} was trained to predict the next token (`headwater complete`), not to fill in words"
@@ -89,7 +84,16 @@ def load(folder: str | Path, *, slots: int = 32, context: int | None = None) -> 
 
 
 def check_model_folder(folder: Path) -> None:
-    """ValueError unless `folder` says that it holds a causal language model and a tokenizer; reads no weights."""
+    """ValueError unless `folder` says that it holds a model that continues text, and a tokenizer; reads no weights."""
+    _check_causal(folder)
+    if _objective(folder) == "masked":
+        raise ValueError(
+            f"{folder} was trained on masked words alone, it can't continue a text: use `headwater fill`, or pretrain "
+            "with pretrain.objective=mixed"
+        )
+
+
+def _check_causal(folder: Path) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     architectures = _read_config(folder).get("architectures") or []

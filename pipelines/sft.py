@@ -151,7 +151,11 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 
 
 def _check(recipe: Recipe) -> list[Problem]:
-    return conversations.problems_of(recipe.sft.sources, "sft.sources")
+    problems = conversations.problems_of(recipe.sft.sources, "sft.sources")
+    if recipe.pretrain.objective == "masked":
+        what = "sft can't begin with a model that was pretrained on masked words alone"
+        problems.append(Problem(what, "set pretrain.objective to causal or mixed, or stop with --to pretrain"))
+    return problems
 
 
 STAGE = Stage(

@@ -18,9 +18,11 @@ from llm.presets import PRESETS, build_model, llama_config
 from llm.sampling import SamplingParams
 from llm.shardfile import Shards, write_shard
 from llm.vocabulary import encode_text, train_tokenizer
+from pipelines import sft
 from pipelines.complete import complete
 from pipelines.evaluation import held_out_figures, masked_baselines
 from pipelines.fill import fill
+from pipelines.recipe import load_recipe
 from pipelines.schema import PretrainSettings
 from pipelines.stream import SINGLE_ROWS, HeldOutRows, RowStream
 from tests.commands import headwater, records
@@ -343,3 +345,10 @@ def test_the_recipe_micro_by_masked_words(before_pretrain):
     refused = headwater("complete", "micro", "To be", "--stage", "pretrain", *root)
     assert refused.returncode == 2
     assert "headwater fill" in refused.stderr
+
+
+def test_a_chat_model_cannot_begin_with_masked_words_alone():
+    recipes = {one: load_recipe("micro", (f"pretrain.objective={one}",)) for one in ("causal", "masked", "mixed")}
+    said = {objective: sft._check(recipe) for objective, recipe in recipes.items()}
+    assert [objective for objective, problems in said.items() if problems] == ["masked"]
+    assert "pretrained on masked words alone" in said["masked"][0].what
