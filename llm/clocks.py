@@ -10,6 +10,7 @@ import torch
 
 STEPS = 20  # over which ranks are compared
 SLOW = 1.5  # times the others' median
+LOST_S = 1.0  # seconds that it must cost in these steps: of a few milliseconds each, noise is half
 
 
 class Clock:
@@ -61,7 +62,7 @@ class SlowRanks:
 
     def add(self, seconds: list[float]) -> tuple[int, float] | None:
         """A step's seconds by rank. After every STEPS-th step the slowest rank and how many times the others' median
-        it took, if that is SLOW or more.
+        it took, if that is SLOW or more and costs LOST_S.
         """
         self.sums = [old + new for old, new in zip(self.sums or [0.0] * len(seconds), seconds, strict=True)]
         self.steps += 1
@@ -69,5 +70,6 @@ class SlowRanks:
             return None
         sums, self.sums, self.steps = self.sums, [], 0
         slowest = max(range(len(sums)), key=sums.__getitem__)
-        times = sums[slowest] / max(median(sums[:slowest] + sums[slowest + 1 :]), 1e-9)
-        return (slowest, times) if times >= SLOW else None
+        others = median(sums[:slowest] + sums[slowest + 1 :])
+        slow = sums[slowest] >= max(SLOW * others, others + LOST_S)
+        return (slowest, sums[slowest] / max(others, 1e-9)) if slow else None

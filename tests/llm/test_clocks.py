@@ -25,6 +25,7 @@ def test_the_slow_rank_is_told_every_so_many_steps_and_the_others_are_not():
     assert [place for place, one in enumerate(told) if one] == [STEPS - 1, 2 * STEPS - 1]
     assert told[STEPS - 1] == (2, pytest.approx(1.6))
     assert not any(ranks.add([0.1, 0.14]) for _ in range(2 * STEPS))
+    assert not any(ranks.add([0.01, 0.05]) for _ in range(2 * STEPS)), "it costs less than a second"
 
 
 def test_one_slow_step_makes_no_slow_rank_and_a_rank_alone_is_never_one():
