@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+BLOCK = 1 << 20  # tokens looked at together
+
 
 def id_type(vocab_size: int) -> pa.DataType:
     """The narrowest type that holds every id."""
@@ -55,7 +57,10 @@ def check_boundaries(tokens: pa.LargeListArray, special: list[int], end: int) ->
     offsets, values = tokens.offsets.to_numpy(), tokens.values.to_numpy()
     is_special = np.zeros(int(values.max(initial=0)) + 1, dtype=bool)
     is_special[[one for one in special if one < len(is_special)]] = True
-    found = np.flatnonzero(is_special[values])
+    # In blocks: an index into an array is copied to 8 bytes a number first.
+    starts = range(0, len(values), BLOCK)
+    blocks = [start + np.flatnonzero(is_special[values[start : start + BLOCK]]) for start in starts]
+    found = np.concatenate([np.empty(0, np.int64), *blocks])
     if not (np.array_equal(found, offsets[1:] - 1) and (values[found] == end).all()):
         raise ValueError(f"the id {end} must end every document, and there may be no special id anywhere else")
     return np.diff(offsets)

@@ -9,6 +9,7 @@ files. What a task writes depends on its partition alone, so it may be run again
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import json
@@ -18,7 +19,7 @@ import re
 import traceback
 import uuid
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -262,7 +263,16 @@ def _do(row: dict[str, Any], step: Step, task: Task) -> dict[str, Any]:
         }
     except Exception as error:
         return {**told, "said": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    finally:
+        _give_back()
     return {**told, "said": json.dumps(summary)}
+
+
+def _give_back() -> None:
+    """Hand what was freed back to the system: a process that waits for its next task would keep it."""
+    pa.default_memory_pool().release_unused()
+    with suppress(OSError, AttributeError):  # of a C library that isn't GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mark(path: Path, said: dict[str, Any]) -> None:

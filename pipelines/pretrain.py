@@ -19,12 +19,14 @@ from cluster.errors import BadInput, Problem
 from cluster.runs import canonical_hash
 from llm import cloze
 from llm.architectures import Architecture, Ids, Saved, load_weights, two_layers, unfit
+from llm.engine import Engine
 from llm.files import hash_file
 from llm.losses import next_token_nats
 from llm.masking import Masking
 from llm.order import Mixture, mix_of, spread
 from llm.presets import Preset, build_model
-from llm.vocabulary import fingerprint, load_tokenizer
+from llm.sampling import SamplingParams
+from llm.vocabulary import encode_text, fingerprint, load_tokenizer
 from pipelines import checkpoints, records, training, worker
 from pipelines.evaluation import held_out_by_source, held_out_figures, masked_baselines
 from pipelines.recipe import Recipe
@@ -36,6 +38,7 @@ from pipelines.stream import HeldOutRows, RowStream
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+SAMPLE_TOKENS = 32
 COUNTED_TOKENS = 20_000_000  # of the training text, for the unigram and bigram tables
 
 
@@ -159,6 +162,7 @@ def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, mix
         evaluation=_evaluation(settings.objective, manifest["held_out"]["sources"]),
         facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": held_out.targets()},
         bytes_per_target=None if masking else manifest["train"]["text_bytes"] / manifest["train"]["tokens"],
+        samples=partial(_samples, prompts=settings.samples) if _writes(settings) else None,
         counts_flops=True,
     )
 
@@ -167,6 +171,21 @@ def _evaluation(objective: str, sources: dict[str, Any]) -> worker.Evaluation:
     if objective != "causal":
         return partial(held_out_figures, objective=objective)
     return partial(held_out_by_source, names=list(sources), rows=[about["rows"] for about in sources.values()])
+
+
+def _writes(settings: PretrainSettings) -> bool:
+    return bool(settings.samples) and settings.zero_stage < 3 and settings.objective != "masked"
+
+
+def _samples(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[dict[str, str]]:
+    """What the model continues each of `prompts` with, by its likeliest tokens."""
+    try:
+        engine = Engine(model, tokenizer, slots=len(prompts))
+        ids = [encode_text(tokenizer, prompt) for prompt in prompts]
+        answers = engine.generate(ids, SamplingParams(max_new_tokens=SAMPLE_TOKENS, temperature=0))
+    except ValueError as error:
+        return [{"prompt": prompt, "text": f"({error})"} for prompt in prompts]
+    return [{"prompt": prompt, "text": answer.text} for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def masking_of(settings: PretrainSettings, tokenizer: Path, seed: int) -> Masking | None:

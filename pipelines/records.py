@@ -1,6 +1,7 @@
-"""The files that follow a training stage's steps, a JSON object a line: metrics, the ledger, held-out losses, events.
+"""The files that follow a training stage's steps, a JSON object a line.
 
-All but the events are cut back to the checkpoint that a stage goes on from.
+Metrics, the ledger, held-out losses, samples of text, and events. All but the events are cut back to the checkpoint
+that a stage goes on from.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cluster import segments
 from llm.guard import Window, with_window
 
 EVENTS = "events.jsonl"  # what happened beside steps: batches left out, slow ranks
-NAMES = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl", EVENTS)
+NAMES = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl", "samples.jsonl", EVENTS)
 
 
 @contextmanager

@@ -388,6 +388,11 @@ class PretrainSettings(TrainingSettings):
     max_epochs: float = identity(
         4.0, "how often a source is read at most in a mixture; the rest goes to the others (arXiv 2305.16264)", gt=0
     )
+    samples: tuple[str, ...] = placement(
+        ("Once upon a time", "The most important"),
+        "texts that the model continues at each evaluation, to see what it has learnt; not with ZeRO-3, whose ranks "
+        "hold shares of the weights, nor by masked words alone",
+    )
     isolate: bool = identity(
         True, "whether the documents of a row are hidden from one another, each at positions from 0 on"
     )

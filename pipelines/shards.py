@@ -32,7 +32,7 @@ from cluster.errors import BadInput, Problem, StageFailed
 from llm.encoding import load_encoder
 from llm.files import write_json
 from llm.packing import PACKINGS, joined, write_index
-from llm.shardfile import check_boundaries, read_arrow, token_lists, write_arrow
+from llm.shardfile import check_boundaries, id_type, read_arrow, token_lists, write_arrow
 from llm.vocabulary import END_OF_TEXT, fingerprint, load_tokenizer, special_ids
 from pipelines import documents
 from pipelines.partitions import Step, Summary, Work, facts, ranges, read_columns, write_table, writing
@@ -70,15 +70,16 @@ def _tokenize_all(work: Work, stage: StageRun) -> list[Summary]:
 def _tokenize(number: int, item: dict[str, Any], step: Step, tokenizer: Path, held_out: float) -> Summary:
     """Leave a documents file's ids, a file for each set and source, sorted by key."""
     encoder = load_encoder(mirror.here(tokenizer) / "tokenizer.json")
-    end = encoder.tokenizer.token_to_id(END_OF_TEXT)
+    end, size = encoder.tokenizer.token_to_id(END_OF_TEXT), encoder.tokenizer.get_vocab_size()
+    narrow = id_type(size).to_pandas_dtype()
     heaps: dict[tuple[str, str], _Heap] = {}
     for batch in documents.read(Path(item["part"]), ["id", "text", "source", "kind", "meta"]):
         for row in batch.to_pylist():
             ids = encoder.encode(row["text"])
             ids.append(end)
             name = "held_out" if documents.is_held_out(row["id"], held_out) else "train"
-            heaps.setdefault((name, row["source"]), _Heap()).add(row, np.frombuffer(ids, dtype=np.uint32))
-    size = encoder.tokenizer.get_vocab_size()
+            # Of the size that is written, and a copy: an array grows by more than it needs.
+            heaps.setdefault((name, row["source"]), _Heap()).add(row, np.frombuffer(ids, np.uint32).astype(narrow))
     return {"files": [heap.write(step, number, *which, size) for which, heap in heaps.items()]}
 
 

@@ -49,6 +49,8 @@ Build = Callable[[Path | None], torch.nn.Module]
 # Figures of the held-out rows in place of the objective's mean, `held_out_loss` among them: (model, this rank's
 # batches of tensors, `row` ids among them) -> name: (sum, count), shape (2,), fp64, to be added up over ranks.
 Evaluation = Callable[[torch.nn.Module, list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
+# Texts to show how far a model is: (model, tokenizer) -> prompts and what it continues them with. On rank 0.
+Samples = Callable[[torch.nn.Module, Any], list[dict[str, str]]]
 # Turns a batch of the stream, at a step, into the batch that is trained on: what reinforcement learning does.
 Experience = Callable[["Batch", int], "Batch"]
 
@@ -68,6 +70,7 @@ class Job:
     experience: Callable[[torch.nn.Module, Any, torch.device], Experience] | None = None
     evaluation: Evaluation | None = None
     bytes_per_target: float | None = None  # of the text, to tell a loss in bits a byte
+    samples: Samples | None = None  # what is written at each evaluation
     counts_flops: bool = False  # whether a step is one forward and backward pass of a model that `llm.flops` knows
 
     @property
@@ -159,6 +162,7 @@ class Trainer:
 
     job: Job
     engine: Any
+    tokenizer: Any
     device: torch.device
     step: int
     experience: Experience | None
@@ -197,6 +201,7 @@ class Trainer:
         return cls(
             job,
             engine,
+            tokenizer,
             device,
             step,
             job.experience(engine.module, tokenizer, device) if job.experience else None,
@@ -364,11 +369,13 @@ class Trainer:
         sums = (self.job.evaluation or self._mean_nats)(self.engine, [self._tensors(batch) for batch in self.held_out])
         for pair in sums.values():
             dist.all_reduce(pair)
-        self.engine.train()
         means = {name: (total / count).item() for name, (total, count) in sums.items() if count}
         self.held_out_loss = means["held_out_loss"]
         if dist.get_rank() == 0:
             records.append(self.job.folder / "held_out.jsonl", {"step": self.step - 1, **_nested(means)})
+            for sample in self.job.samples(self.engine.module, self.tokenizer) if self.job.samples else ():
+                records.append(self.job.folder / "samples.jsonl", {"step": self.step - 1, **sample})
+        self.engine.train()
 
     def _tensors(self, batch: Batch) -> dict[str, torch.Tensor]:
         rows = torch.from_numpy(batch.rows).to(self.device)

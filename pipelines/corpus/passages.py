@@ -24,7 +24,7 @@ from pipelines.partitions import Step, Summary, Work, gather, in_range, ranges, 
 
 SPAN = 3
 FEWEST_WORDS = 20
-PASSAGES_PER_TASK = 4 << 20
+PASSAGES_PER_TASK = 1 << 20
 
 _END = re.compile(r"\n+|(?<=[.!?])[ \t]+")
 
