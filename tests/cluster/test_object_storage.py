@@ -286,7 +286,7 @@ def test_the_newest_checkpoint_if_damaged_is_named_and_the_one_before_used(run, 
     another_machine()
     assert checkpoints.newest(folder).step == 5
     assert damage == "no manifest" or "model/config.json" in caplog.text
-    checkpoints.prune(folder, keep=1)
+    checkpoints.prune(folder, newest=1, best=0)
     assert checkpoints.newest(folder).step == 5, "pruning doesn't count what is damaged"
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import time
@@ -361,7 +362,13 @@ def test_ctrl_c_ends_it_with_0_and_leaves_the_last_frame(run):
     screen, terminal = pty.openpty()
     words = headwater_command("watch", str(run.path), "--every", "0.1")
     process = subprocess.Popen(
-        words, cwd=CHECKOUT, env={**environment(), "TERM": "xterm"}, stdout=terminal, stderr=terminal
+        words,
+        cwd=CHECKOUT,
+        env={**environment(), "TERM": "xterm"},
+        stdout=terminal,
+        stderr=terminal,
+        # A shell has what it runs in the background ignore Ctrl-C, and so would all that the tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(terminal)
     try:
@@ -384,6 +391,7 @@ def _until(screen: int, words: str | None) -> str:
     """What comes, until `words` are among it, or to its end."""
     seen = ""
     while words is None or words not in seen:
+        assert select.select([screen], [], [], 60)[0], f"nothing came for a minute, {words!r} was waited for: {seen}"
         try:
             data = os.read(screen, 1 << 16)
         except OSError:  # how Linux says that the other end is closed
