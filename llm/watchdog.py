@@ -57,6 +57,7 @@ class Watchdog:
         self._place: tuple[int, str] = (0, PHASES[0])
         self._moved, self._said = time.monotonic(), 0
         self._ended = threading.Event()
+        self._say()  # at once: a rank that is stopped in its first second has been there
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, step: int, phase: str) -> None:
