@@ -21,6 +21,8 @@ EVERY_S = 1.0
 SILENT = 4  # times that a rank says nothing new, when it is taken to be stopped or gone
 ANSWER_S = 4 * SILENT * EVERY_S  # how long the store may take
 PHASES = ("start", "data", "experience", "forward", "backward", "optimizer", "metrics", "evaluation", "save")
+# What may take long by itself has so many times the deadline.
+LONG, PATIENCE = ("experience", "evaluation", "save"), 6
 TOLD = {
     "start": "starting",
     "data": "waiting for the rows",
@@ -70,9 +72,11 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY_S):
-            still = time.monotonic() - self._moved
-            words = self._asked(self._words if still > self._deadline_s else self._say)
-            if still > self._deadline_s and words and not self._ended.is_set():
+            (_, phase), moved = self._place, self._moved
+            still = time.monotonic() - moved
+            late = still > self._deadline_s * (PATIENCE if phase in LONG else 1)
+            words = self._asked(self._words if late else self._say)
+            if late and words and moved == self._moved and not self._ended.is_set():
                 if self._rank == 0:
                     self._asked(partial(self._say_on, 2 * SILENT))  # the others still ask its store
                 self._late(f"no step for {still:.0f} s: {words}")

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -136,6 +137,17 @@ def before(folder: Path, left_out: list[dict[str, Any]]) -> int:
         return step
     mirror.discard(found.path)
     return before(folder, [])
+
+
+def set_aside_damaged(folder: Path, whole: Checkpoint | None) -> None:
+    """Rename checkpoints newer than the newest whole one, so that they count no more, for pruning either.
+
+    On a disk; in object storage `newest` has seen to it.
+    """
+    if mirror.key_of(folder) is None:
+        for path in folder.glob("step-*"):
+            if whole is None or path.name > whole.path.name:
+                path.rename(path.with_name(f"damaged-{uuid.uuid4().hex[:8]}-{path.name}"))
 
 
 def prune(folder: Path, newest: int, best: int) -> None:

@@ -308,7 +308,10 @@ class TrainingSettings(Settings):
         None, "dense FLOP/s of a worker's device for the MFU, where it isn't one that is known", gt=0
     )
     deadline_s: float = placement(
-        600, "seconds that training may stand still in one place; then the rank waited for is named", ge=5
+        600,
+        "seconds that training may stand still in one place (six times that in an evaluation, a save or a rollout); "
+        "then the rank waited for is named",
+        ge=5,
     )
     max_skips: int = placement(5, "times that bad batches are left out before the stage gives up", ge=0)
     evaluate_every: int | None = placement(None, "steps between held-out evaluations, only the last when null", ge=1)

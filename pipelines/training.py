@@ -163,5 +163,6 @@ def demand(parameters: int, settings: TrainingSettings) -> Demand:
     return Demand(
         cpus=settings.workers * settings.cpus_per_worker + settings.data_cpus,
         gpus=settings.workers * settings.gpus_per_worker,
-        disk_bytes=checkpoint * (settings.keep_checkpoints + 2),  # one more is being written, and one is exported
+        disk_bytes=checkpoint
+        * (settings.keep_checkpoints + settings.keep_best + 2),  # one more is being written, and one is exported
     )

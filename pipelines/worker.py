@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import os
+import threading
 import time
 import uuid
 from collections import deque
@@ -39,6 +40,7 @@ from pipelines.schema import TrainingSettings
 from pipelines.stream import HeldOutRows, RowStream
 
 WRITER_WAIT_S = 60.0
+TELLING_S = 20.0
 
 log = logging.getLogger("headwater")
 
@@ -172,6 +174,7 @@ class Trainer:
     skips: int  # how often some were left out so far
     history: deque[float]  # the last losses
     clock: clocks.Clock
+    began: int  # the step at which the stream was entered
     held_out: list[Batch] = field(default_factory=list)
     held_out_loss: float | None = None  # of the step just taken, if it was measured
     slowness: clocks.SlowRanks = field(default_factory=clocks.SlowRanks)
@@ -189,6 +192,7 @@ class Trainer:
         keep = job.settings.keep_checkpoints, job.settings.keep_best
         flush: Callable[[], None] = lambda: None  # noqa: E731
         if dist.get_rank() == 0:
+            checkpoints.set_aside_damaged(job.checkpoints, saved)
             checkpoints.prune(job.checkpoints, *keep)
             flush = files.enter_context(records.followed(job.folder, step))
             if saved:
@@ -211,12 +215,17 @@ class Trainer:
             len(left_out),
             deque(losses, guard.HISTORY),
             clocks.Clock(device),
+            step,
         )
 
     def next_batch(self, batches: Iterator[dict[str, np.ndarray]], step: int) -> Batch:
         """The rows that `step` takes."""
         self.watchdog.at(step, "data")
-        return next_batch(batches, guard.batch_of(step, self.windows))
+        taken = guard.batch_of(step, self.windows)
+        # A stream that was entered before a window goes through it: an older checkpoint had to do.
+        for left_out in guard.left_out_before(taken, self.windows) if step > self.began else ():
+            next_batch(batches, left_out)
+        return next_batch(batches, taken)
 
     def train_step(self, step: int, batch: Batch) -> Taken:
         """One optimizer step."""
@@ -342,11 +351,12 @@ class Trainer:
 
         Where they were left out before and it was no help, the checkpoint itself may be what is bad: it goes.
         """
-        if self.skips == self.job.settings.max_skips:
+        if self.skips >= self.job.settings.max_skips:
             raise FloatingPointError(
                 f"step {step}: {why}; bad batches were left out {self.skips} times (max_skips): lower learning_rate, "
                 "raise warmup_steps or clip_norm, or look at the data of these steps"
             )
+        self.watchdog.at(step, "save")
         self.saver.settle()
         if dist.get_rank() == 0:
             back_to = checkpoints.before(self.job.checkpoints, records.left_out(self.job.folder))
@@ -362,11 +372,11 @@ class Trainer:
         The rows come through Ray Data the first time and are kept: starting a stream costs seconds.
         """
         assert self.job.held_out is not None
+        self.watchdog.at(self.step - 1, "evaluation")
         if not self.held_out:
             share = self.job.held_out.global_batch // self.job.held_out.workers
             batches = iter(shard.iter_batches(batch_size=share, batch_format="numpy"))
             self.held_out = [next_batch(batches, step) for step in range(self.job.held_out.last_step)]
-        self.watchdog.at(self.step, "evaluation")
         self.engine.eval()
         sums = (self.job.evaluation or self._mean_nats)(self.engine, [self._tensors(batch) for batch in self.held_out])
         for pair in sums.values():
@@ -391,7 +401,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint of the state after `self.step` steps. Collective."""
-        self.watchdog.at(self.step, "save")
+        self.watchdog.at(self.step - 1, "save")
         facts = dict(self.job.facts)
         if self.held_out_loss is not None:
             facts["held_out_loss"] = self.held_out_loss
@@ -457,9 +467,14 @@ def _watchdog(job: Job) -> Watchdog:
     """Ends this process when training stands still, so that Ray Train starts the workers again."""
     rank, world = dist.get_rank(), dist.get_world_size()
 
-    def late(words: str) -> None:
+    def tell(words: str) -> None:
         log.error(words)
         failures.tell_late(job.folder / "logs", rank, world, words)
+
+    def late(words: str) -> None:
+        telling = threading.Thread(target=tell, args=(words,), daemon=True)
+        telling.start()
+        telling.join(TELLING_S)  # what it is written to may be what hangs
         os._exit(1)
 
     store = dist.distributed_c10d._get_default_store()
