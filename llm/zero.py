@@ -59,15 +59,12 @@ def zero_settings(
     dtype: str,
     clip_norm: float,
     offload: str = "none",
-    offload_to: str = "cpu",
 ) -> dict[str, Any]:
     """DeepSpeed's configuration. `micro_batch` is rows a forward pass, `accumulation` forward passes a step.
 
-    offload: "none", "optimizer" (its state) or "all" (ZeRO-3's weights too), to "cpu" or a folder on an NVMe disk.
+    offload: "none", "optimizer" (its state) or "all" (ZeRO-3's weights too), to the machine's memory.
     """
-    target = (
-        {"device": "cpu", "pin_memory": True} if offload_to == "cpu" else {"device": "nvme", "nvme_path": offload_to}
-    )
+    target = {"device": "cpu", "pin_memory": True}
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[offload]
     return {
         "train_micro_batch_size_per_gpu": micro_batch,

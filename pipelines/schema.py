@@ -297,9 +297,10 @@ class TrainingSettings(Settings):
     keep_checkpoints: int = placement(2, "newest checkpoints to keep", ge=1)
     keep_best: int = placement(0, "checkpoints of the lowest held-out loss to keep besides", ge=0)
     offload: Literal["none", "optimizer", "all"] = placement(
-        "none", "what of the training state leaves the GPU: the optimizer's, or with ZeRO-3 the weights too"
+        "none",
+        "what of the training state leaves the GPU for the machine's memory: the optimizer's, or with ZeRO-3 also the "
+        "weights",
     )
-    offload_to: str = placement("cpu", "where that goes: 'cpu', or a folder on a local NVMe disk")
     activation_checkpointing: bool = placement(
         False, "compute activations again in the backward pass instead of keeping them"
     )

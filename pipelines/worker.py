@@ -435,7 +435,6 @@ def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device
         dtype=settings.dtype,
         clip_norm=settings.clip_norm,
         offload=settings.offload,
-        offload_to=settings.offload_to,
     )
     engine = zero.initialise(
         model.bfloat16() if settings.dtype == "bf16" else model,
