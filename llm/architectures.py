@@ -148,20 +148,9 @@ def load_weights(folder: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except OSError as error:
-        raise ValueError(f"no usable weights (model.safetensors) in {folder}: {_first_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} of its model's weights, {missing[0]} among them")
-    return model
+    from llm.loading import read_weights
+
+    return read_weights(AutoModelForCausalLM, folder, torch.float32)
 
 
 def unfit(config: PreTrainedConfig, *, isolated: bool = True) -> str | None:

@@ -46,15 +46,23 @@ def load_filler(folder: str | Path) -> PreTrainedModel:
 
 
 def _load(auto, folder: str | Path) -> PreTrainedModel:
-    """The model in `folder` by one of transformers' `AutoModelFor...`."""
+    """The model in `folder` by one of transformers' `AutoModelFor...`, ready to generate."""
+    gpu = torch.cuda.is_available()
+    return read_weights(auto, folder, "auto" if gpu else torch.float32).to("cuda" if gpu else "cpu").eval()
+
+
+def read_weights(auto, folder: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model in `folder` by one of transformers' `AutoModelFor...`, on the CPU.
+
+    ValueError if there are no safetensors, or not all of the model's weights in them.
+    """
     from transformers.utils import logging
 
-    gpu = torch.cuda.is_available()
     logging.disable_progress_bar()  # it would be drawn into the text that a command prints
     try:
         model, report = auto.from_pretrained(
             folder,
-            dtype="auto" if gpu else torch.float32,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -67,7 +75,7 @@ def _load(auto, folder: str | Path) -> PreTrainedModel:
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise ValueError(f"{folder} lacks {len(names)} of its model's weights, {names[0]} among them")
-    return model.to("cuda" if gpu else "cpu").eval()
+    return model
 
 
 def load(folder: str | Path, *, slots: int = 32, context: int | None = None) -> Engine:

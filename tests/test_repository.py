@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.plan import GPUS
+from llm.flops import peak_flops
 from pipelines.recipe import load_recipe, shipped
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -60,3 +62,10 @@ def test_no_file_takes_a_name_of_the_standard_library():
     for room in ROOMS:
         for path in (CHECKOUT / room).rglob("*.py"):
             assert path.stem not in sys.stdlib_module_names or path.stem.startswith("__"), path
+
+
+@pytest.mark.parametrize("name", ["L4", "L40S", "A100-40GB", "A100-80GB", "H100", "H200"])
+def test_a_gpu_is_as_fast_in_the_plan_as_in_the_mfu(name):
+    """Two tables, since `cluster/` may not import `llm/`."""
+    in_torch = {"H100": "NVIDIA H100 80GB HBM3"}.get(name, f"NVIDIA {name}")
+    assert GPUS[name].flops == peak_flops(in_torch, "bf16")
