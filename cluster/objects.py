@@ -249,7 +249,7 @@ def patiently(what: str, call: Callable[[], T]) -> T:
             if time.monotonic() - begun + pause > wait:
                 raise StageFailed(_silence(what, wait, error)) from error
             if not silent:
-                _tell(f"object storage could not {what}: {_short(error)}; trying again for {wait:.0f} s")
+                log.warning("object storage could not %s: %s; trying again for %.0f s", what, _short(error), wait)
             silent = True
         time.sleep(pause * random.uniform(0.75, 1.25))  # or everyone comes back at once
         pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -263,14 +263,6 @@ def hurried() -> Iterator[None]:
         yield
     finally:
         _hurries.pop()
-
-
-def _tell(what: str) -> None:
-    """To who watches the command, and to its log."""
-    from cluster.progress import console
-
-    console.print(what, highlight=False, markup=False)
-    log.warning(what)
 
 
 def _raise_refusal(what: str, error: OSError) -> None:

@@ -19,6 +19,7 @@ CHINCHILLA_TOKENS = 20.0
 USABLE_MEMORY = 0.9
 # Of the memory bandwidth on the data sheet, while tokens are written one by one.
 DECODE_BANDWIDTH = 0.6
+LOSS_PIECE = 256  # positions
 MOST_GPUS = 1 << 16
 
 # DeepSpeed's own settings where the recipe's engine sets none, in elements.
@@ -74,6 +75,8 @@ class Load(NamedTuple):
     precision: int  # b, bytes of a weight in computing: 2 or 4
     checkpointing: bool  # activations of all layers but one made anew in the backward pass
     offload: Offload = "none"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    loss_in_pieces: bool = False  # whether the head gives the loss of a piece of the rows at a time
     on_gpu: bool = True  # buffers count whole, and two work at once; a CPU's are taken page by page as they are filled
 
 
@@ -136,12 +139,14 @@ def footprint(decoder: Decoder, load: Load, stage: int, ranks: int) -> Footprint
 
     Rajbhandari et al. 2020 (arXiv 1910.02054, section 5): each rank has a share 1/N of the optimizer's state from
     stage 1, of the gradients from 2, of the weights from 3. fp32 weights with AdamW's moments are 12 bytes a
-    parameter. To these come DeepSpeed's buffers.
+    parameter; Muon keeps one momentum for the layers' matrices, 8 bytes, and makes a copy of it in a step. To these
+    come DeepSpeed's buffers.
     """
     size, share = float(decoder.parameters), decoder.parameters / ranks
     own = share if stage else size  # what the rank's optimizer updates
     weights = load.precision * (share if stage == 3 else size)
-    kept, host = _offloaded(load.offload, stage, weights, 12.0 * own)
+    muon = own * hidden_matrices(decoder) / size if load.optimizer == "muon" else 0.0
+    kept, host = _offloaded(load.offload, stage, weights, 12.0 * own - 4.0 * muon, 4.0 * own)
     return Footprint(
         weights=kept[0] + (load.precision * min(size, MOST_LIVE) if stage == 3 else 0.0),
         optimizer=kept[1],
@@ -149,7 +154,7 @@ def footprint(decoder: Decoder, load: Load, stage: int, ranks: int) -> Footprint
         activations=activation_bytes(decoder, load),
         logits=logit_bytes(decoder, load),
         reduction=_reduction(decoder, load, stage, share) if stage else 0.0,
-        update=(2.0 * load.precision + 4.0) * own if load.offload == "none" else load.precision * own,
+        update=(2.0 * load.precision + 4.0) * own + 4.0 * muon if load.offload == "none" else load.precision * own,
         host=host,
     )
 
@@ -169,16 +174,28 @@ def _reduction(decoder: Decoder, load: Load, stage: int, share: float) -> float:
     return load.precision * (buckets + decoder.vocab * decoder.hidden)
 
 
-def start_bytes(decoder: Decoder) -> float:
-    """Bytes of a rank before ZeRO shares the model out: every rank builds it whole, in fp32, on its device."""
-    return 4.0 * decoder.parameters
+def hidden_matrices(decoder: Decoder) -> int:
+    """Parameters that Muon moves: all that a token is multiplied with but the head (norms are too few to count)."""
+    return decoder.multiplied - decoder.vocab * decoder.hidden
 
 
-def _offloaded(offload: Offload, stage: int, weights: float, state: float) -> tuple[tuple[float, float], float]:
+def start_bytes(decoder: Decoder, stage: int, ranks: int, precision: int) -> float:
+    """Bytes of a rank on its device while the model is built.
+
+    Under ZeRO 1 and 2 every rank builds it whole, in fp32; under ZeRO-3 (Llama's and most other architectures) a
+    module at a time, of which the largest is the embedding, and keeps its share in the compute precision.
+    """
+    if stage < 3:
+        return 4.0 * decoder.parameters
+    return precision * decoder.parameters / ranks + (4.0 + precision) * decoder.vocab * decoder.hidden
+
+
+def _offloaded(
+    offload: Offload, stage: int, weights: float, state: float, gradients: float
+) -> tuple[tuple[float, float], float]:
     """Weights and optimizer state that stay on the device, and bytes on the host (fp32 gradients are there too)."""
     if offload == "none" or stage == 0:
         return (weights, state), 0.0
-    gradients = state / 3
     if offload == "all" and stage == 3:
         return (0.0, 0.0), weights + state + gradients
     return (weights, 0.0), state + gradients
@@ -208,7 +225,15 @@ def _layer_bytes(decoder: Decoder, precision: int) -> int:
 
 
 def logit_bytes(decoder: Decoder, load: Load) -> float:
-    """Logits, with the loss's fp32 copy and its logarithm of the softmax (the gradient takes the place of one)."""
+    """Logits and what the loss makes of them.
+
+    Where the head gives the loss: those of a piece of the rows, in fp32 too, with their gradient; and the gradient of
+    the head's weight, summed in fp32, with a piece's part of it. Else all of them, with an fp32 copy and its logarithm
+    of the softmax (the gradient takes the place of one).
+    """
+    if load.loss_in_pieces:
+        of_piece = (2 * load.precision + 4) * min(LOSS_PIECE, load.sequence * load.micro_batch)
+        return float(decoder.vocab * (of_piece + (4 + load.precision) * decoder.hidden))
     return float(load.sequence * load.micro_batch * decoder.vocab * (load.precision + 8))
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from cluster.errors import Problem
 from cluster.mirror import CACHE_VARIABLE, key_of
 
+Resources = dict[str, float]  # by Ray's names: CPU, GPU
+
 DISK_RESERVE = 256 << 20  # bytes left alone
 
 
@@ -22,6 +24,28 @@ def resource_problems(who: str, cpus: float, gpus: float, available: dict[str, f
         for kind, (need, settings) in wanted.items()
         if need > available.get(kind, 0) + 1e-9
     ]
+
+
+def starving_problems(who: str, cpus: float, gpus: float, data_cpus: float, nodes: list[Resources]) -> list[Problem]:
+    """Kinds of nodes that workers of `cpus` and `gpus` each, as many as fit, would leave without `data_cpus`.
+
+    Where the number of workers isn't fixed they take all the room there is, and Ray Data would wait for ever.
+    """
+    found = {(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes}
+    return [
+        Problem(
+            f"on a node of {of_node:g} CPUs {fitting} workers of {who}.cpus_per_worker {cpus:g} leave Ray Data "
+            f"{of_node - fitting * cpus:g}, and a reading task claims {data_cpus:g}",
+            f"change {who}.cpus_per_worker so that {who}.data_cpus are left on each, or set {who}.min_workers to null",
+        )
+        for of_node, of_gpus in sorted(found)
+        if (fitting := _fitting(of_node, cpus, of_gpus, gpus)) and of_node - fitting * cpus < data_cpus - 1e-9
+    ]
+
+
+def _fitting(of_node: float, cpus: float, of_gpus: float, gpus: float) -> int:
+    by_cpus = int(of_node / cpus + 1e-9)
+    return min(by_cpus, int(of_gpus / gpus + 1e-9)) if gpus else by_cpus
 
 
 def disk_problems(folder: Path, needed: int) -> list[Problem]:

@@ -77,6 +77,31 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show what the project warns of to whoever watches the command, for as long as the block lasts."""
+    log, handler = logging.getLogger("headwater"), _Shown(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Shown(logging.Handler):
+    """Shows a warning once, however often it is met; not errors, which are told when they end the command."""
+
+    def __init__(self, level: int):
+        super().__init__(level)
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        words = record.getMessage()
+        if record.levelno == logging.WARNING and words not in self._told:
+            self._told.add(words)
+            console.print(f"warning: {words}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
 def _logged(path: Path) -> Iterator[None]:
     log = logging.getLogger("headwater")
     handler = logging.FileHandler(path, encoding="utf-8")

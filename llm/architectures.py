@@ -129,6 +129,17 @@ def context_of(config: PreTrainedConfig) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
+def window_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that the layers of the shortest sliding window or chunk of a model of `config` see; None without any."""
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not {"sliding_attention", "chunked_attention"} & set(kinds):
+        return None
+    found = (getattr(config, name, None) for name in ("sliding_window", "local_attention", "attention_chunk_size"))
+    return min((size for size in found if isinstance(size, int)), default=None)
+
+
 def count_parameters(config: PreTrainedConfig) -> int:
     """Number of weights of a model of `config`; no storage is taken."""
     return sum(weight.numel() for weight in on_meta(config).parameters())

@@ -1,6 +1,6 @@
 """Checkpoints: an ordinary Hugging Face model beside the training state, whole or not there.
 
-    checkpoints/step-00000120/model/                     what `from_pretrained` loads
+    checkpoints/step-00000120/model/                     what `from_pretrained` loads, in several files if it is large
     checkpoints/step-00000120/state-00-of-02.safetensors a rank's fp32 weights and moments, as fragments
     checkpoints/step-00000120/manifest.json              step, tokenizer fingerprint, SHA-256 of every file
     checkpoints/latest.json                              the newest one, written last
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llm.files import hash_file, write_json
-from llm.zero import Fragment
+from llm.zero import MOMENTS, Fragment
 
 log = logging.getLogger("headwater")
 
@@ -43,6 +43,11 @@ class Checkpoint:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """What the optimizer had counted (`zero.counters`)."""
+        return self.manifest.get("optimizer", {"steps": float(self.step)})
 
 
 def newest(folder: Path) -> Checkpoint | None:
@@ -181,7 +186,10 @@ def save_state(path: Path, fragments: Iterable[Fragment]) -> None:
 
 
 def restore_state(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
-    """Fill this rank's fragments from a checkpoint, whatever number of ranks wrote it. ValueError names a gap."""
+    """Fill this rank's fragments from a checkpoint, whatever number of ranks wrote it.
+
+    ValueError names a gap, or the optimizers if another one wrote it.
+    """
     files = [_StateFile(path) for path in sorted(checkpoint.path.glob("state-*.safetensors"))]
     for fragment in fragments:
         filled = sum(file.copy_into(fragment) for file in files)
@@ -196,11 +204,13 @@ class _StateFile:
     def __init__(self, path: Path):
         self._file = safe_open(path, framework="pt")
         self._starts: dict[str, int] = json.loads(self._file.metadata()["starts"])
+        self._keys = set(self._file.keys())
 
     def copy_into(self, fragment: Fragment) -> int:
         """Copy what this file holds of `fragment`; how many values that was."""
         if fragment.name not in self._starts:
             return 0
+        self._check_optimizer(fragment)
         saved = {kind: self._file.get_slice(f"{fragment.name}/{kind}") for kind in fragment.tensors}
         offset = self._starts[fragment.name]
         begin = max(fragment.start, offset)
@@ -211,8 +221,28 @@ class _StateFile:
             tensor[begin - fragment.start : end - fragment.start] = saved[kind][begin - offset : end - offset]
         return end - begin
 
+    def _check_optimizer(self, fragment: Fragment) -> None:
+        if not all(f"{fragment.name}/{kind}" in self._keys for kind in fragment.tensors):
+            wrote = next(name for name, kinds in MOMENTS.items() if f"{fragment.name}/{kinds[0]}" in self._keys)
+            reads = next(name for name, kinds in MOMENTS.items() if kinds[0] in fragment.tensors)
+            raise ValueError(
+                f"'{fragment.name}' was saved with optimizer={wrote} and can't go on with optimizer={reads}: "
+                f"set optimizer={wrote}, or begin anew"
+            )
+
 
 def save_model(folder: Path, model, weights: dict[str, torch.Tensor], tokenizer) -> None:
     """Write a Hugging Face folder: configuration, safetensors, tokenizer with its chat template."""
     model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def save_around(folder: Path, model, weights: Path, tokenizer) -> None:
+    """The same around safetensors that were written to the folder `weights` before, which becomes `folder`."""
+    weights.rename(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

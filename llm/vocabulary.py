@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,6 +55,8 @@ CHAT_TEMPLATE = (
 # follows it. But for the digits these are GPT-2's parts.
 PARTS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers' own names for one class
+
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -90,15 +92,17 @@ def train_tokenizer(texts: Iterable[str] | Iterator[list[str]], vocab_size: int)
 
 
 def wrap(tokenizer) -> PreTrainedTokenizerFast:
-    """The Hugging Face face of a `tokenizers.Tokenizer` that holds the special tokens."""
+    """The Hugging Face face of a `tokenizers.Tokenizer` that holds the special tokens, and maybe more of its own."""
     from transformers import PreTrainedTokenizerFast
+
+    special = [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special]
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
         mask_token=MASK,
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (END_OF_TEXT, PAD, MASK)],
+        additional_special_tokens=[token for token in special if token not in (END_OF_TEXT, PAD, MASK)],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
@@ -120,12 +124,23 @@ def gpt2_tokenizer():
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer saved in `folder` (a tokenizer folder or a model folder). ValueError if there is none."""
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"no tokenizer.json in {folder}")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return _class_for(folder).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _class_for(folder: Path) -> Any:
+    """The plain class where the folder names it, as ours do: AutoTokenizer imports torch, 190 MB and seconds of it."""
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text()).get("tokenizer_class") if settings.is_file() else None
+    if named in PLAIN_CLASSES:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def load_backend(file: Path):

@@ -37,13 +37,17 @@ TOLD = {
 
 
 class Sign(NamedTuple):
-    """What a rank says of itself. said: how often, so far; step, phase: where its training is."""
+    """What a rank says of itself. said: how often, so far; step, part, phase: where its training is.
+
+    part: which forward and backward pass of the step, from 0 on.
+    """
 
     rank: int
     host: str
     pid: int
     said: int
     step: int
+    part: int
     phase: str
 
 
@@ -56,15 +60,15 @@ class Watchdog:
         # A store whose process is stopped never answers, so it is asked by a thread that may hang.
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="watchdog-store")
         self._deadline_s, self._late = deadline_s, late
-        self._place: tuple[int, str] = (0, PHASES[0])
+        self._place: tuple[int, int, str] = (0, 0, PHASES[0])
         self._moved, self._said = time.monotonic(), 0
         self._ended = threading.Event()
         self._say()  # at once: a rank that is stopped in its first second has been there
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def at(self, step: int, phase: str) -> None:
-        """This rank is now in `phase` of `step`."""
-        self._place, self._moved = (step, phase), time.monotonic()
+    def at(self, step: int, phase: str, part: int = 0) -> None:
+        """This rank is now in `phase` of `step`, in the forward and backward pass `part` of it."""
+        self._place, self._moved = (step, part, phase), time.monotonic()
 
     def end(self) -> None:
         """Watch no more."""
@@ -72,7 +76,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY_S):
-            (_, phase), moved = self._place, self._moved
+            (*_, phase), moved = self._place, self._moved
             still = time.monotonic() - moved
             late = still > self._deadline_s * (PATIENCE if phase in LONG else 1)
             words = self._asked(self._words if late else self._say)
@@ -120,8 +124,9 @@ def missing(before: dict[int, Sign], after: dict[int, Sign], world: int) -> str:
     return f"all ranks are {_where(last)}: what they wait for is the network between them, or storage"
 
 
-def _place(sign: Sign) -> tuple[int, int]:
-    return sign.step, PHASES.index(sign.phase)
+def _place(sign: Sign) -> tuple[int, bool, int, int]:
+    phase = PHASES.index(sign.phase)
+    return sign.step, phase > PHASES.index("optimizer"), sign.part, phase
 
 
 def _who(sign: Sign) -> str:
@@ -129,7 +134,7 @@ def _who(sign: Sign) -> str:
 
 
 def _where(sign: Sign) -> str:
-    return f"{TOLD[sign.phase]} of step {sign.step}"
+    return f"{TOLD[sign.phase]} of step {sign.step}" + (f", micro-batch {sign.part}" if sign.part else "")
 
 
 def _key(rank: int) -> str:

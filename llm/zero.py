@@ -2,7 +2,7 @@
 
 ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) leaves each rank a share of the fp32 weights and of AdamW's moments.
 That share is saved here as what it is, pieces of named parameters, so a checkpoint depends neither on the number of
-ranks nor on the stage that wrote it.
+ranks nor on the stage that wrote it. With Muon (`llm/muon.py`) a hidden matrix has one momentum in place of moments.
 """
 
 from __future__ import annotations
@@ -10,20 +10,27 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from llm.muon import Muon, Piece, hidden_matrices
+from llm.parts import Share, shape_of
+
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes of fp16's loss scale
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Fragment:
     """A rank's piece of one parameter: `start` in the flattened parameter, views of the fp32 state behind it.
 
-    `tensors` maps "weight", "exp_avg" and "exp_avg_sq" to one-dimensional views; writing to them changes the state.
+    `tensors` maps "weight" and the optimizer's state ("exp_avg" and "exp_avg_sq" of AdamW, "momentum_buffer" of Muon)
+    to one-dimensional views; writing to them changes the state.
     """
 
     name: str
@@ -85,20 +92,59 @@ def zero_settings(
     }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay, vectors (norms, biases) without."""
+def sharer(settings: dict[str, Any], dtype: str) -> Share:
+    """What leaves each rank its ZeRO-3 share of a module's own parameters, rank 0's values in `dtype`. Collective.
+
+    settings: those that the engine will be given. Not around a constructor (`zero.Init` as a context): transformers
+    draws a model's weights at the constructor's end, and would find them shared out already.
+    """
+    init = deepspeed().zero.Init
+
+    def share(module: nn.Module) -> None:
+        own = list(module.parameters(recurse=False))
+        for parameter in own:
+            parameter.data = parameter.data.to(DTYPES[dtype])
+        if own:
+            init(module=module, config_dict_or_path=settings)
+
+    return share
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict[str, Any]]:
+    """Matrices with weight decay, vectors (norms, biases) without; hidden matrices apart where Muon moves them."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
+    hidden = hidden_matrices(model) if optimizer == "muon" else set()
+    matrices = [p for p in weights if len(shape_of(p)) >= 2]
+    groups = [
+        {"params": [p for p in matrices if id(p) in hidden], "weight_decay": weight_decay, "muon": True},
+        {"params": [p for p in matrices if id(p) not in hidden], "weight_decay": weight_decay, "muon": False},
+        {"params": [p for p in weights if len(shape_of(p)) < 2], "weight_decay": 0.0, "muon": False},
     ]
+    return [group for group in groups if group["params"]]
 
 
-def initialise(model: nn.Module, settings: dict[str, Any], *, betas: tuple[float, float], weight_decay: float):
-    """A DeepSpeed engine around `model` with torch's fused AdamW: no compiler; the rate is set each step."""
-    groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-    engine, *_ = deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+def initialise(
+    model: nn.Module,
+    settings: dict[str, Any],
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    optimizer: str = "adamw",
+    mpu: Any = None,
+):
+    """A DeepSpeed engine around `model` with torch's fused AdamW, which needs no compiler, or with Muon beside it.
+
+    The rate is set each step (`set_learning_rate`). mpu: the groups of ranks that share rows
+    (`llm.sequence.share_rows`), if some do.
+    """
+    groups = parameter_groups(model, weight_decay, optimizer)
+    device = next(model.parameters()).device
+    adamw: dict[str, Any] = {"lr": 0.0, "betas": betas, "fused": True}
+    own = Muon(groups, device, **adamw) if optimizer == "muon" else torch.optim.AdamW(groups, **adamw)
+    engine, *_ = deepspeed().initialize(model=model, optimizer=own, config=settings, mpu=mpu)
+    if isinstance(own, Muon):
+        for flat, pieces in _matrices(engine):
+            own.lay_out(flat, pieces)
     return engine
 
 
@@ -108,53 +154,132 @@ def set_learning_rate(engine, rate: float) -> None:
         group["lr"] = rate
 
 
-def fragments(engine, optimizer_steps: int) -> Iterator[Fragment]:
+def averaged_over(engine) -> int:
+    """What DeepSpeed divides the sum of the ranks' gradients by: groups of ranks that share rows, or ranks.
+
+    Under ZeRO-3 it is the ranks in any case (`reduce_scatter_coalesced` of DeepSpeed 0.19).
+    """
+    ranks = torch.distributed.get_world_size()
+    return ranks if is_sharded(engine) else ranks // engine.sequence_parallel_size
+
+
+def fragments(engine) -> Iterator[Fragment]:
     """This rank's pieces of the fp32 state; moments are made (zero) where no step has been taken yet."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    walk = _stage3 if engine.zero_optimization_stage() == 3 else _stage12
-    yield from walk(engine.optimizer, names, optimizer_steps)
-
-
-def _stage12(optimizer, names: dict[int, str], steps: int) -> Iterator[Fragment]:
-    for flat, parameters in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
-        moments = _moments(optimizer.optimizer, flat, steps)
-        for parameter in parameters:
-            piece = parameter._hp_mapping
-            if piece is None:
-                continue
-            at = piece.get_hp_fragment_address()
-            tensors = {"weight": flat.data, **moments}
-            views = {kind: tensor.narrow(0, at.start, at.numel) for kind, tensor in tensors.items()}
-            yield Fragment(names[id(parameter)], piece.lp_fragment_address.start, views)
-
-
-def _stage3(optimizer, names: dict[int, str], steps: int) -> Iterator[Fragment]:
-    rank = torch.distributed.get_rank()
-    for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-        tensors = {"weight": flat.data, **_moments(optimizer.optimizer, flat, steps)}
-        at = 0
-        for parameter in parameters:
-            share = parameter.partition_numel()
-            start = rank * share
-            real = max(0, min(share, parameter.ds_numel - start))  # the last ranks' shares are padded
-            if real:
-                views = {kind: tensor.narrow(0, at, real) for kind, tensor in tensors.items()}
+    for flat, muon, places in _shares(engine):
+        tensors = {"weight": flat.data, **_moments(engine.optimizer.optimizer, flat, muon)}
+        for parameter, start, at, numel in places:
+            if numel:
+                views = {kind: tensor.narrow(0, at, numel) for kind, tensor in tensors.items()}
                 yield Fragment(names[id(parameter)], start, views)
-            at += share
 
 
-def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    state = optimizer.state[flat]
-    if "step" not in state:
-        state["step"] = torch.tensor(0.0, device=flat.device)
-        state.update({kind: torch.zeros_like(flat.data) for kind in MOMENTS})
-    state["step"].fill_(float(steps))
-    return {kind: state[kind] for kind in MOMENTS}
+def counters(engine) -> dict[str, float]:
+    """What the optimizer counts: the steps it took (fp16's overflows left out), and the state of fp16's loss scale."""
+    states = engine.optimizer.optimizer.state.values()
+    steps = next((float(state["step"]) for state in states if "step" in state), 0.0)
+    scaler = engine.optimizer.loss_scaler
+    return {"steps": steps, **{name: getattr(scaler, name) for name in SCALER if scaler.dynamic}}
+
+
+def set_counters(engine, counted: dict[str, float]) -> None:
+    """Bring back what `counters` told, once all `fragments` are there; a scale that is fixed now stays so."""
+    for state in engine.optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(counted["steps"])
+    scaler = engine.optimizer.loss_scaler
+    for name in SCALER if scaler.dynamic else ():
+        if name in counted:
+            setattr(scaler, name, counted[name])
+
+
+# A piece of a parameter in a flat share: (parameter, start in the parameter, start in the share, numel).
+Place = tuple[nn.Parameter, int, int, int]
+
+
+def _shares(engine) -> Iterator[tuple[torch.Tensor, bool, list[Place]]]:
+    """Each flat share of this rank, whether Muon moves it, and the pieces in it (numel 0 where there is none)."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
+        of_group, places = optimizer.sub_group_to_group_id, _places_stage3
+    else:
+        flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+        of_group, places = range(len(groups)), _places_stage12
+    for number, (flat, parameters) in enumerate(zip(flats, groups, strict=True)):
+        yield flat, optimizer.optimizer.param_groups[of_group[number]]["muon"], list(places(parameters))
+
+
+def _places_stage12(parameters: list[nn.Parameter]) -> Iterator[Place]:
+    for parameter in parameters:
+        piece: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if piece is None:
+            yield parameter, 0, 0, 0
+        else:
+            at = piece.get_hp_fragment_address()
+            yield parameter, piece.lp_fragment_address.start, at.start, at.numel
+
+
+def _places_stage3(parameters: list[Any]) -> Iterator[Place]:
+    rank, at = torch.distributed.get_rank(), 0
+    for parameter in parameters:
+        share = parameter.partition_numel()
+        start = rank * share
+        real = max(0, min(share, parameter.ds_numel - start))  # the last ranks' shares are padded
+        yield parameter, start if real else 0, at, real
+        at += share
+
+
+def _matrices(engine) -> Iterator[tuple[torch.Tensor, list[Piece]]]:
+    for flat, muon, places in _shares(engine):
+        if muon:
+            shapes = [shape_of(parameter) for parameter, *_ in places]
+            yield flat, [Piece(shape, *place[1:]) for shape, place in zip(shapes, places, strict=True)]
+
+
+def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, muon: bool) -> dict[str, torch.Tensor]:
+    state, kinds = optimizer.state[flat], MOMENTS["muon" if muon else "adamw"]
+    if kinds[0] not in state:
+        state.update({kind: torch.zeros_like(flat.data) for kind in kinds})
+    if not muon:
+        state.setdefault("step", torch.tensor(0.0, device=flat.device))
+    return {kind: state[kind] for kind in kinds}
 
 
 def is_sharded(engine) -> bool:
     """Whether a rank holds but a share of the weights, so that gathering them is collective."""
     return engine.zero_optimization_stage() == 3
+
+
+def weight_bytes(engine) -> dict[str, int]:
+    """Bytes of each weight that a saved model holds, by name; one of several names (tied ones) once. Of ZeRO-3."""
+    weights = {name: weight.ds_numel * weight.element_size() for name, weight in engine.module.named_parameters()}
+    return weights | {name: buffer.nbytes for name, buffer in _kept_buffers(engine.module)}
+
+
+def gathered(engine, names: list[str]) -> dict[str, torch.Tensor]:
+    """These weights of a ZeRO-3 engine, on the CPU of rank 0; nothing on the others. Collective."""
+    everything = dict(engine.module.named_parameters()) | dict(_kept_buffers(engine.module))
+    found = {}
+    for name in names:
+        tensor = everything[name]
+        with deepspeed().zero.GatheredParameters([tensor], enabled=isinstance(tensor, nn.Parameter)):
+            if torch.distributed.get_rank() == 0:
+                found[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+@contextmanager
+def all_shared(engine) -> Iterator[None]:
+    """Where weights of a ZeRO-3 engine can be `gathered`: between steps it keeps small ones whole. Collective."""
+    engine.optimizer.checkpoint_event_prologue()
+    yield
+    engine.optimizer.checkpoint_event_epilogue()
+
+
+def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    kept = model.state_dict(keep_vars=True)
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def whole_weights(engine) -> dict[str, torch.Tensor]:

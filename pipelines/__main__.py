@@ -28,8 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     chosen, rest = parser.parse_known_args(arguments)
     _take_settings(parser, chosen, rest)
+    from cluster.progress import warnings_shown
+
     try:
-        chosen.verb(chosen)
+        with warnings_shown():
+            chosen.verb(chosen)
         return 0
     except HeadwaterError as error:
         _complain(error)

@@ -1,6 +1,10 @@
 """A training stage's checkpoints (`llm.checkpoint`), on a disk that every node sees or in object storage.
 
 There each has a name of its own, step-00000120.3f2ab9c1: every rank sends its part, and rank 0 the manifest, last.
+
+    checkpoints/begun.json    which start of the workers is the last, and at which step it began
+
+What an earlier start sends after that, of a later step, counts no more: the records were cut back to that step.
 """
 
 from __future__ import annotations
@@ -14,16 +18,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from cluster import mirror, objects
-from llm import checkpoint, zero
+from cluster.runs import read_json, write_json
+from llm import checkpoint, parts, zero
 from llm.checkpoint import Checkpoint
 
+BEGUN = "begun.json"
 PATIENCE = timedelta(minutes=30)  # how long a rank waits for another's part of a checkpoint
 
 log = logging.getLogger("headwater")
@@ -33,16 +40,48 @@ def newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint in `folder`, on this machine. A damaged one is named and the one before it used."""
     if mirror.key_of(folder) is None:
         return checkpoint.newest(folder)
-    for name in sorted(_whole(mirror.names(folder)), reverse=True):
+    for name in sorted(_names(folder), reverse=True):
         try:
-            manifest = _fetched(folder / name)
+            found = fetched(folder / name)
         except ValueError as error:
             log.warning("checkpoint %s is damaged and is passed over: %s", mirror.shown(folder / name), error)
             mirror.delete(folder / name / "manifest.json")  # so that it counts no more, for pruning either
         else:
-            _drop(path for path in folder.glob("step-*") if path.name != name)
-            return Checkpoint(folder / name, manifest)
+            return found
     return None
+
+
+def fetched(path: Path) -> Checkpoint:
+    """The checkpoint at `path`; on a disk as whoever chose it has found it.
+
+    Of one in object storage this machine gets a copy, its only one. ValueError names the first file that is missing or
+    altered.
+    """
+    if mirror.key_of(path) is None:
+        return Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+    manifest = _fetched(path)
+    _drop(other for other in path.parent.glob("step-*") if other != path)
+    return Checkpoint(path, manifest)
+
+
+class Begun(NamedTuple):
+    """A start of the workers: a word that no other start has, and where it goes on."""
+
+    attempt: str
+    step: int = 0
+    checkpoint: str | None = None  # its name; None where there is none yet
+
+
+def begin(folder: Path, begun: Begun) -> None:
+    """Make this start of the workers the one whose checkpoints count. On rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / BEGUN, begun._asdict())
+
+
+def begun(folder: Path) -> Begun | None:
+    """The last start of the workers; None if there was none."""
+    found = read_json(folder / BEGUN)
+    return Begun(**found) if found else None
 
 
 def store(folder: Path, attempt: str, flush: Callable[[], None]) -> checkpoint.OnDisk:
@@ -57,7 +96,9 @@ def store(folder: Path, attempt: str, flush: Callable[[], None]) -> checkpoint.O
 class Saver:
     """Saves a training stage's checkpoints beside its training, one at a time.
 
-    Training waits for a copy of its state alone, and for that no sooner than it changes the state again.
+    Training waits for a copy of its state alone, and for that no sooner than it changes the state again. The copy is
+    of this rank's share of the optimizer's state (12 bytes a parameter over all ranks), and on rank 0 of the weights
+    in the compute precision; those of a ZeRO-3 model of more than one file are written before training goes on.
     """
 
     def __init__(self, job_folder: Path, kept_in: checkpoint.OnDisk, tokenizer: Any, keep: tuple[int, int]):
@@ -73,10 +114,28 @@ class Saver:
         """Have the state after `step` steps saved. Collective. Raises what the save before failed of."""
         with self._holding_up():
             self.settle()
-            weights = zero.whole_weights(engine) if dist.get_rank() == 0 or zero.is_sharded(engine) else {}
-            fragments = list(zero.fragments(engine, step))  # views
+            in_files = zero.is_sharded(engine) and self._in_files(engine, step)
+            whole = not in_files and (dist.get_rank() == 0 or zero.is_sharded(engine))
+            weights = zero.whole_weights(engine) if whole else {}
+            fragments = list(zero.fragments(engine))  # views
+            facts = {**facts, "optimizer": zero.counters(engine)}
             self._copied = self._threads.submit(_copies, fragments, weights if dist.get_rank() == 0 else {})
-            self._saved = self._threads.submit(self._save, self._copied, engine.module, step, facts)
+            self._saved = self._threads.submit(self._save, self._copied, engine.module, step, facts, in_files or None)
+
+    def _in_files(self, engine: Any, step: int) -> Path | None:
+        """Write the weights of a ZeRO-3 model that is larger than one file now, and say where; None if it isn't.
+
+        Rank 0 then holds a file's weights at a time. Training waits: no rank has room for all of them. Collective.
+        """
+        sizes = zero.weight_bytes(engine)
+        if sum(sizes.values()) <= parts.FILE_BYTES:
+            return None
+        folder = self._folder / f".partial-{checkpoint.OnDisk().name(step)}-weights"  # goes with `prune` if left
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        with zero.all_shared(engine):
+            parts.write_weights(folder, sizes, partial(zero.gathered, engine))
+        return folder
 
     def before_change(self) -> None:
         """To be called before the state changes: wait until it is copied. Raises what a save failed of."""
@@ -92,15 +151,19 @@ class Saver:
             self._saved.result()
         self._copied = self._saved = None
 
-    def _save(self, copied: Future[Any], model: Any, step: int, facts: dict[str, Any]) -> None:
+    def _save(self, copied: Future[Any], model: Any, step: int, facts: dict[str, Any], in_files: Path | None) -> None:
         fragments, weights = copied.result()
+        if in_files:
+            save_model = partial(checkpoint.save_around, model=model, weights=in_files, tokenizer=self._tokenizer)
+        else:
+            save_model = partial(checkpoint.save_model, model=model, weights=weights, tokenizer=self._tokenizer)
         checkpoint.save(
             self._folder,
             step,
             rank=dist.get_rank(),
             world=dist.get_world_size(),
             fragments=fragments,
-            save_model=lambda path: checkpoint.save_model(path, model, weights, self._tokenizer),
+            save_model=save_model,
             gather=self._everyones,
             facts=facts,
             store=self._kept_in,
@@ -154,17 +217,23 @@ def prune(folder: Path, newest: int, best: int) -> None:
     """Remove all checkpoints but the newest and those of the lowest held-out loss, and what was left half-written."""
     kept = checkpoint.to_keep(_losses(folder, _names(folder)), newest, best)
     if mirror.key_of(folder) is not None:
-        for name in {name.partition("/")[0] for name in mirror.names(folder)} - kept:
+        for name in {name.partition("/")[0] for name in mirror.names(folder)} - kept - {BEGUN}:
             mirror.delete(folder / name / "manifest.json")  # first: without it the others are nothing
             mirror.discard(folder / name)
     checkpoint.prune(folder, kept)
 
 
 def _names(folder: Path) -> list[str]:
-    """The checkpoints that are there, damaged ones too."""
+    """The checkpoints that count, damaged ones too."""
     if mirror.key_of(folder) is None:
         return [path.name for path in folder.glob("step-*")]
-    return _whole(mirror.names(folder))
+    last = begun(folder)
+    return [name for name in _whole(mirror.names(folder)) if last is None or _counts(name, last)]
+
+
+def _counts(name: str, last: Begun) -> bool:
+    step, _, attempt = name.removeprefix("step-").partition(".")
+    return attempt == last.attempt or int(step) <= last.step
 
 
 def _losses(folder: Path, names: list[str]) -> dict[str, float | None]:

@@ -6,21 +6,20 @@ import yaml
 
 from cluster.manifests import Need, Node, Order
 from pipelines.recipe import Recipe
-from pipelines.run import STAGES
-from pipelines.stage import Stage
+from pipelines.stage import Stage, load_stages
 
 
 def order(recipe: Recipe, root: str, node: Node, image: str | None = None) -> Order:
     """The recipe as cluster/manifests.py renders it."""
-    serve = recipe.serve
+    serve, stages = recipe.serve, load_stages()
     return Order(
         name=recipe.name,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         root=root,
-        stages=tuple(need(stage, recipe) for stage in STAGES),
+        stages=tuple(need(stage, recipe) for stage in stages),
         service=Need("service", serve.replicas, serve.cpus_per_replica),
         slots=serve.slots,
-        disk_bytes=sum(stage.demand(recipe).disk_bytes for stage in STAGES),
+        disk_bytes=sum(stage.demand(recipe).disk_bytes for stage in stages),
         node=node,
         image=image,
     )

@@ -131,6 +131,7 @@ def _measure_all(stage: StageRun, questions: Questions) -> dict[str, Any]:
         "settings": settings,
         "judge": stage.recipe.rank.judge,
         "seed": stage.recipe.seed,
+        "isolated": stage.recipe.pretrain.isolate,
     }
     waiting = {remote.remote(stage.input(made_by) / "model", **same): name for name, made_by in MODELS.items()}
     measured: dict[str, Any] = {}
@@ -144,7 +145,15 @@ def _measure_all(stage: StageRun, questions: Questions) -> dict[str, Any]:
 
 
 def measure(
-    model: Path, *, tokens: Path, reward: Path, questions: Questions, settings: EvaluateSettings, judge: str, seed: int
+    model: Path,
+    *,
+    tokens: Path,
+    reward: Path,
+    questions: Questions,
+    settings: EvaluateSettings,
+    judge: str,
+    seed: int,
+    isolated: bool,
 ) -> dict[str, Any]:
     """Runs in a Ray task: all figures of one model, and samples of what it says."""
     import torch
@@ -160,7 +169,9 @@ def measure(
     solutions = _solve(engine, questions, settings)
     talk = [[answer.text for answer in each] for each in answers]
     return {
-        "bits_per_byte": bits_per_byte(engine, tokens / "held_out", manifest["pad_id"], settings.held_out_rows),
+        "bits_per_byte": bits_per_byte(
+            engine, tokens / "held_out", manifest["pad_id"], settings.held_out_rows, isolated
+        ),
         "judge": _mean([[JUDGES[judge].score(a.text, a.finish_reason or "") for a in each] for each in answers]),
         "reward": _mean(_rewards(reward, questions.prompts, talk)),
         "tasks_right": _share_right(solutions, questions),
@@ -175,15 +186,18 @@ def _same_tokenizer(model: Path, manifest: dict[str, Any]) -> None:
         raise BadInput(Problem(what, "run the stage that made the model again"))
 
 
-def bits_per_byte(engine: Engine, held_out: Path, pad_id: int, rows: int) -> float:
-    """What the model's predictions of `rows` held-out rows, spread evenly, cost in bits a byte of their text."""
+def bits_per_byte(engine: Engine, held_out: Path, pad_id: int, rows: int, isolated: bool = True) -> float:
+    """What the model's predictions of `rows` held-out rows, spread evenly, cost in bits a byte of their text.
+
+    isolated: whether the documents of a row are hidden from one another, as they were when the model was trained.
+    """
     import torch
 
     from llm.losses import next_token_nats
     from llm.order import spread
     from llm.packing import IGNORED, RowReader
 
-    reader, nats, size = RowReader(held_out, pad_id), 0.0, 0
+    reader, nats, size = RowReader(held_out, pad_id, isolated), 0.0, 0
     lengths = token_bytes(engine.tokenizer)
     ids = spread(rows, reader.index.num_rows)
     for start in range(0, len(ids), ROWS_AT_ONCE):
@@ -289,7 +303,8 @@ def _outcome(results: dict[str, Any]) -> Outcome:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     judge = recipe.rank.judge
-    return {"seed": recipe.seed, "judge": judge, "rule": JUDGES[judge].rule, **recipe.evaluate.identity()}
+    rows = {} if recipe.pretrain.isolate else {"isolate": False}
+    return {"seed": recipe.seed, "judge": judge, "rule": JUDGES[judge].rule, **rows, **recipe.evaluate.identity()}
 
 
 def _demand(recipe: Recipe) -> Demand:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from llm.baselines import Counts, unigram_nats
 from llm.cloze import guesses
-from llm.losses import next_token_nats_by_row
+from llm.losses import next_token_nats_by_row, target_nats_by_row
 from llm.masking import Kind
 from llm.packing import IGNORED
 from pipelines.stream import HeldOutRows
@@ -40,7 +40,7 @@ def held_out_by_source(
     device: Any = model.device
     for batch in batches:
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        nats, targets = next_token_nats_by_row(logits, batch["labels"])
+        nats, targets = _nats_by_row(logits, batch)
         real = batch["row"].cpu() >= 0
         source = torch.searchsorted(ends, batch["row"].cpu()[real], right=True)
         sums.index_add_(0, source, torch.stack([nats, targets.double()], dim=1).cpu()[real])
@@ -66,6 +66,13 @@ def held_out_figures(model: torch.nn.Module, batches: Iterable[Batch], *, object
             sums[name] = sums.get(name, 0) + here
     figures = {name: sums[name] for name in FIGURES[objective]}
     return {"held_out_loss": next(iter(figures.values())), **figures}
+
+
+def _nats_by_row(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of whole rows, or of this rank's part of them."""
+    if "targets" in batch:
+        return target_nats_by_row(logits, batch["targets"])
+    return next_token_nats_by_row(logits, batch["labels"])
 
 
 def _figures(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

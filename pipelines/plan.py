@@ -19,9 +19,10 @@ from cluster.local import expected_resources, ray_session
 from cluster.plan import Decoder, Gpu, Load
 from llm.architectures import Ids, on_meta
 from llm.flops import multiplied_weights
+from llm.output_head import PLAIN_HEADS
 from pipelines import training
 from pipelines.recipe import Recipe
-from pipelines.schema import TrainingSettings
+from pipelines.schema import PretrainSettings, TrainingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,15 +43,14 @@ class Options(NamedTuple):
 
 def answer(recipe: Recipe, options: Options) -> dict[str, Any]:
     """The plan as an object: units are in its keys. BadInput for an unknown GPU or a share that is none."""
-    gpu, decoder = _gpu(options), decoder_of(recipe.model.shape.config(Ids(recipe.tokenizer.vocab_size)))
-    load = load_of(recipe.pretrain, recipe.shards.sequence_length)
+    gpu, decoder, load = _gpu(options), decoder_of(config_of(recipe)), load_of(recipe)
     return {
         "recipe": recipe.name,
         "gpu": {**gpu._asdict(), "count": gpus_of(recipe.pretrain), "ranks": recipe.pretrain.workers},
         "model": decoder._asdict(),
         "training": training_of(recipe, decoder),
         "memory": memory_of(recipe.pretrain, decoder, load, gpu),
-        "start": start_of(decoder, gpu),
+        "start": start_of(recipe.pretrain, decoder, load, gpu),
         "fits": fits_of(recipe.pretrain, decoder, load, gpu),
         "time": time_of(recipe, decoder, gpu, options),
         "serving": serving_of(recipe, decoder, gpu, options),
@@ -97,16 +97,29 @@ def decoder_of(config: PreTrainedConfig) -> Decoder:
     )
 
 
-def load_of(settings: TrainingSettings, sequence: int) -> Load:
-    """How a stage loads each of its ranks."""
+def config_of(recipe: Recipe) -> PreTrainedConfig:
+    """The configuration of the recipe's model."""
+    return recipe.model.shape.config(Ids(recipe.tokenizer.ids))
+
+
+def load_of(recipe: Recipe) -> Load:
+    """How pretraining loads each of its ranks: with whole rows, or its part of rows that ranks share."""
+    settings = recipe.pretrain
     return Load(
-        sequence=sequence,
+        sequence=recipe.shards.sequence_length // settings.sequence_parallel,
         micro_batch=settings.forward_rows,
         precision=4 if settings.dtype == "fp32" else 2,
         checkpointing=settings.activation_checkpointing,
         offload=settings.offload,
+        optimizer=settings.optimizer,
+        loss_in_pieces=_loss_in_pieces(config_of(recipe), settings),
         on_gpu=settings.gpus_per_worker > 0,
     )
+
+
+def _loss_in_pieces(config: PreTrainedConfig, settings: PretrainSettings) -> bool:
+    """Whether the loss is made as `llm.output_head` can: not of compiled models, nor of masked words."""
+    return config.model_type in PLAIN_HEADS and settings.objective == "causal" and not settings.compile
 
 
 def gpus_of(settings: TrainingSettings) -> int:
@@ -162,15 +175,15 @@ def memory_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu
     return rows
 
 
-def start_of(decoder: Decoder, gpu: Gpu) -> dict[str, Any]:
+def start_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu) -> dict[str, Any]:
     """Bytes of a rank before the first step, and whether a GPU holds them."""
-    size = plan.start_bytes(decoder)
+    size = plan.start_bytes(decoder, settings.zero_stage, settings.workers, load.precision)
     return {"bytes": size, "fits": size <= gpu.memory * plan.USABLE_MEMORY}
 
 
 def fits_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu) -> list[dict[str, Any]]:
     """The fewest GPUs on which the recipe's micro-batch fits, for each ZeRO stage; null if none does."""
-    most = settings.global_batch  # a rank without a row has nothing to do
+    most = settings.global_batch * settings.sequence_parallel  # a rank without a row has nothing to do
     found = plan.fits(decoder, load, gpu, most)
     best = plan.best(found)
     return [
@@ -181,7 +194,8 @@ def fits_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu) 
 def time_of(recipe: Recipe, decoder: Decoder, gpu: Gpu, options: Options) -> list[dict[str, Any]]:
     """Hours and money of pretraining, on the recipe's GPUs and on the fewest that hold it."""
     settings, sequence = recipe.pretrain, recipe.shards.sequence_length
-    best = plan.best(plan.fits(decoder, load_of(settings, sequence), gpu, settings.global_batch))
+    most = settings.global_batch * settings.sequence_parallel
+    best = plan.best(plan.fits(decoder, load_of(recipe), gpu, most))
     hours = plan.gpu_hours(training_of(recipe, decoder)["flops"], gpu, options.mfu)
     return [
         {
@@ -220,11 +234,12 @@ def cluster_of(recipe: Recipe) -> dict[str, Any] | None:
         return None
     import ray
 
-    from pipelines.run import STAGES, resource_problems_of
+    from pipelines.run import resource_problems_of
+    from pipelines.stage import load_stages
 
     with ray_session(address, recipe.cluster.object_store_mb):
         there = ray.cluster_resources()
-    missing = [str(problem.what) for problem in resource_problems_of(list(STAGES), recipe, there)]
+    missing = [str(problem.what) for problem in resource_problems_of(load_stages(), recipe, there)]
     kinds = [name.partition(":")[2] for name in there if name.startswith("accelerator_type:")]
     return {"cpus": there.get("CPU", 0.0), "gpus": there.get("GPU", 0.0), "kinds": kinds, "missing": missing}
 
@@ -239,8 +254,8 @@ def assumptions(settings: TrainingSettings, gpu: Gpu, options: Options) -> list[
         "6N + 12LHQT FLOPs a token (PaLM, arXiv 2204.02311, appendix B), N without tables that are looked up",
         f"{plan.CHINCHILLA_TOKENS:g} tokens a parameter are compute-optimal (arXiv 2203.15556)",
         "bytes of a rank by ZeRO (arXiv 1910.02054), activations by arXiv 2205.05198 without the quadratic term "
-        "(fused attention), with DeepSpeed's buckets and the loss's fp32 logits",
-        f"{settings.forward_rows} rows in a forward pass, {settings.dtype}, "
+        "(fused attention), with DeepSpeed's buckets and what the loss makes of logits",
+        f"{settings.forward_rows} rows in a forward pass of {settings.shares} shares, {settings.dtype}, "
         f"{settings.rows_per_worker // settings.forward_rows} forward passes a step",
         f"serving in bf16, prompts at the MFU, writing at {plan.DECODE_BANDWIDTH:.0%} of the memory's bandwidth, "
         "every slot full and at the row's length, replicas never idle",
@@ -336,7 +351,7 @@ def _start_lines(found: dict[str, Any]) -> list[str]:
     if found["start"]["fits"]:
         return []
     size = _bytes(found["start"]["bytes"])
-    return [f"start: each rank builds the whole model in fp32, {size}, before ZeRO shares it out: that doesn't fit"]
+    return [f"start: each rank needs {size} to build the model before the first step, which doesn't fit: zero_stage=3"]
 
 
 def _cluster_lines(there: dict[str, Any] | None) -> list[str]:

@@ -16,14 +16,15 @@ import torch
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem
-from cluster.runs import canonical_hash
 from llm import cloze
-from llm.architectures import Architecture, Ids, Saved, load_weights, two_layers, unfit
+from llm.adoption import adopt, grow, size_of
+from llm.architectures import Architecture, Ids, Saved, load_weights, two_layers, unfit, window_of
 from llm.engine import Engine
-from llm.files import hash_file
-from llm.losses import next_token_nats
+from llm.losses import following
 from llm.masking import Masking
 from llm.order import Mixture, mix_of, spread
+from llm.output_head import rows_nats
+from llm.parts import Share, draw_model, read_model
 from llm.presets import Preset, build_model
 from llm.sampling import SamplingParams
 from llm.vocabulary import encode_text, fingerprint, load_tokenizer
@@ -32,7 +33,7 @@ from pipelines.evaluation import held_out_by_source, held_out_figures, masked_ba
 from pipelines.recipe import Recipe
 from pipelines.schema import PretrainSettings
 from pipelines.shards import read_manifest, verify
-from pipelines.stage import Outcome, Stage, StageRun
+from pipelines.stage import Outcome, Stage, StageRun, content_of
 from pipelines.stream import HeldOutRows, RowStream
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def run(stage: StageRun) -> Outcome:
     """Train from the cursor on, export the model, and set its held-out loss beside the baselines' (made beside)."""
     import ray
 
+    training.refuse_starving("pretrain", stage.recipe.pretrain)
     tokens = stage.input("shards") / "tokens"
     manifest = read_manifest(tokens)
     verify(tokens, manifest, stage.recipe.pretrain.data_cpus)
@@ -94,6 +96,15 @@ def _epochs(sources: dict[str, Any], mixture: Mixture | None, settings: Pretrain
     return {name: round(float(one), 4) for name, one in zip(sources, epochs, strict=True)}
 
 
+def bytes_per_token(sources: dict[str, Any], mixture: Mixture | None) -> float:
+    """Bytes of text that a token of the stream stands for, by the mixture's weights. `sources`: of a manifest."""
+    there = [about for about in sources.values() if about["rows"]]
+    rows = [about["rows"] for about in there] if mixture is None else mixture.share[mixture.rows > 0].tolist()
+    read = [share / about["rows"] for share, about in zip(rows, there, strict=True)]  # how often, up to a factor
+    text_bytes = sum(often * about["text_bytes"] for often, about in zip(read, there, strict=True))
+    return text_bytes / sum(often * about["tokens"] for often, about in zip(read, there, strict=True))
+
+
 def _same_tokenizer(manifest: dict[str, Any], folder: Path) -> None:
     found = fingerprint(load_tokenizer(mirror.here(folder)))
     made_with = manifest["tokenizer_fingerprint"]
@@ -107,17 +118,25 @@ def _same_tokenizer(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def _same_tokenizer_in(start_from: Path | None, manifest: dict[str, Any]) -> None:
-    """Refuse to go on from a model that learnt other ids."""
+    """Refuse to go on from a model that learnt other ids: the run's tokenizer is its own, or was taken from it."""
     if start_from is None:
         return
     found, made_with = fingerprint(load_tokenizer(start_from)), manifest["tokenizer_fingerprint"]
-    if found != made_with:
+    if found != made_with and _adopted(start_from) != made_with:
         raise BadInput(
             Problem(
                 f"model.start_from ({start_from}) has tokenizer {found[:12]}, the run has {made_with[:12]}",
-                "start from a model of a run with the same text and tokenizer settings, or train a fresh one",
+                "set tokenizer.from_folder to the same folder, start from a model of a run with the same text and "
+                "tokenizer settings, or train a fresh one",
             )
         )
+
+
+def _adopted(folder: Path) -> str | None:
+    try:
+        return fingerprint(adopt(folder))
+    except ValueError:
+        return None
 
 
 def _baselines(tokens: Path, manifest: dict[str, Any], rows: int, stream: HeldOutRows) -> dict[str, float]:
@@ -161,7 +180,7 @@ def _job(stage: StageRun, manifest: dict[str, Any], tokens: Path, rows: int, mix
         held_out=held_out,
         evaluation=_evaluation(settings.objective, manifest["held_out"]["sources"]),
         facts={"tokenizer_fingerprint": manifest["tokenizer_fingerprint"], "held_out_targets": held_out.targets()},
-        bytes_per_target=None if masking else manifest["train"]["text_bytes"] / manifest["train"]["tokens"],
+        bytes_per_target=None if masking else bytes_per_token(manifest["train"]["sources"], mixture),
         samples=partial(_samples, prompts=settings.samples) if _writes(settings) else None,
         counts_flops=True,
     )
@@ -174,7 +193,8 @@ def _evaluation(objective: str, sources: dict[str, Any]) -> worker.Evaluation:
 
 
 def _writes(settings: PretrainSettings) -> bool:
-    return bool(settings.samples) and settings.zero_stage < 3 and settings.objective != "masked"
+    whole = settings.zero_stage < 3 and settings.sequence_parallel == 1
+    return bool(settings.samples) and whole and settings.objective != "masked"
 
 
 def _samples(model: Any, tokenizer: Any, prompts: tuple[str, ...]) -> list[dict[str, str]]:
@@ -196,24 +216,41 @@ def masking_of(settings: PretrainSettings, tokenizer: Path, seed: int) -> Maskin
     return Masking(str(tokenizer), settings.mask_rate, share, seed)
 
 
-def _build_told(objective: str, build: worker.Build, saved: Path | None) -> torch.nn.Module:
+def _build_told(
+    objective: str, build: worker.Build, saved: Path | None, share: Share | None = None
+) -> torch.nn.Module:
     """What `build` builds, with its objective in the configuration that is saved with it."""
-    model = build(saved)
+    model = build(saved, share)
     cloze.tell_objective(model, objective)
     return model
 
 
-def build(shape: Preset | Architecture | Saved, tokenizer: Path, seed: int, saved: Path | None) -> torch.nn.Module:
-    """The model as `seed` draws it or as a folder has it; or, of a checkpoint, as it was saved."""
-    from transformers import AutoModelForCausalLM
+def build(
+    shape: Preset | Architecture | Saved, tokenizer: Path, seed: int, saved: Path | None, share: Share | None = None
+) -> torch.nn.Module:
+    """The model as `seed` draws it or as a folder has it; or, of a checkpoint, as it was saved.
 
+    share: how it is shared out a module at a time, so that no rank needs room for all of it.
+    """
     if saved is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            saved, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        return read_model(saved, share)
     if isinstance(shape, Saved):
-        return load_weights(mirror.here(shape.folder))
-    return build_model(shape.config(load_tokenizer(mirror.here(tokenizer))), seed)
+        return _go_on_from(mirror.here(shape.folder), mirror.here(tokenizer), share)
+    config = shape.config(load_tokenizer(mirror.here(tokenizer)))
+    return draw_model(config, seed, share) if share else build_model(config, seed)
+
+
+def _go_on_from(folder: Path, tokenizer: Path, share: Share | None) -> torch.nn.Module:
+    """The folder's model, with a row for each special token that the run's tokenizer has beyond the folder's.
+
+    One that has to grow is read whole by every rank.
+    """
+    own, taken = load_tokenizer(folder), load_tokenizer(tokenizer)
+    if fingerprint(own) == fingerprint(taken):
+        return read_model(folder, share) if share else load_weights(folder)
+    model = load_weights(folder)
+    grow(model, size_of(folder), taken)
+    return model
 
 
 def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -222,8 +259,9 @@ def next_token_objective(model: torch.nn.Module, batch: dict[str, torch.Tensor])
     Positions that begin again at 0 in each piece are what isolates the pieces: transformers derives the mask from
     them, but only without a cache and without an attention mask.
     """
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-    return next_token_nats(logits, batch["labels"])
+    # Of rows that workers share (`llm.sequence`) each position's target is there instead of labels.
+    targets = batch["targets"] if "targets" in batch else following(batch["labels"])
+    return rows_nats(model, batch["input_ids"], targets, position_ids=batch["position_ids"])
 
 
 def _outcome(
@@ -295,19 +333,15 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
     shape = recipe.model.shape if recipe.model.start_from else None
     if not isinstance(shape, Saved):
         return {}
-    files = sorted(path for path in shape.folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    found = [(path.name, hash_file(path) if verify else _stamp(path)) for path in files]
-    return {"start_from": canonical_hash(found)}
-
-
-def _stamp(path: Path) -> list[int]:
-    about = path.stat()
-    return [about.st_size, about.st_mtime_ns]
+    files = (path for path in shape.folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return {"start_from": content_of(files, verify)}
 
 
 def _check(recipe: Recipe) -> list[Problem]:
     """What can be seen of a model that isn't one of ours before anything starts."""
     model, length = recipe.model, recipe.shards.sequence_length
+    if problems := training.sequence_problems(recipe, "pretrain"):
+        return problems
     if model.preset or model.depth:
         return []
     setting = "model.start_from" if model.start_from else "model.config"
@@ -315,16 +349,29 @@ def _check(recipe: Recipe) -> list[Problem]:
     if length > shape.context:
         what = f"shards.sequence_length {length} is longer than the context of {setting} ({shape.context} tokens)"
         return [Problem(what, "shorten the rows, or take another model")]
-    if why := _why_unfit(shape.config(Ids(64)), recipe.pretrain):
+    if why := _why_unfit(shape.config(Ids(64)), recipe.pretrain, length):
         return [Problem(f"{setting} can't be pretrained on packed rows: {why}", "take another architecture")]
     return []
 
 
-def _why_unfit(config: PreTrainedConfig, settings: PretrainSettings) -> str | None:
+def _why_unfit(config: PreTrainedConfig, settings: PretrainSettings, row_tokens: int) -> str | None:
     """Why models of this architecture can't be trained on the recipe's objective; None if they can."""
     if settings.objective != "masked" and (why := unfit(config, isolated=settings.isolate)):
         return why
-    return cloze.unfit(two_layers(config).eval()) if settings.objective != "causal" else None
+    if settings.objective == "causal":
+        return None
+    return _window_too_short(config, row_tokens) or cloze.unfit(two_layers(config).eval())
+
+
+def _window_too_short(config: PreTrainedConfig, row_tokens: int) -> str | None:
+    """Masked rows are looked at whole: what a sliding window would hide of them is seen."""
+    window = window_of(config)
+    if window is None or window >= row_tokens:
+        return None
+    return (
+        f"{config.model_type} looks {window} tokens far in some layers, and pretrain.objective=masked or mixed would "
+        f"let it see all {row_tokens} of a row"
+    )
 
 
 STAGE = Stage(
@@ -335,6 +382,6 @@ STAGE = Stage(
     identity=_identity,
     check=_check,
     sources=_sources,
-    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.vocab_size), recipe.pretrain),
+    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.ids), recipe.pretrain),
     run=run,
 )

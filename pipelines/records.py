@@ -16,7 +16,7 @@ from typing import Any
 from cluster import segments
 from llm.guard import Window, with_window
 
-EVENTS = "events.jsonl"  # what happened beside steps: batches left out, slow ranks
+EVENTS = "events.jsonl"  # what happened beside steps: restarts, batches left out, that it gave up, slow ranks
 NAMES = ("metrics.jsonl", "ledger.jsonl", "held_out.jsonl", "samples.jsonl", EVENTS)
 
 
@@ -38,9 +38,14 @@ def followed(folder: Path, step: int) -> Iterator[Callable[[], None]]:
         yield flush
 
 
+def events(folder: Path) -> list[dict[str, Any]]:
+    """What happened beside the steps of the training in `folder`, oldest first."""
+    return read_lines(folder / EVENTS)
+
+
 def left_out(folder: Path) -> list[dict[str, Any]]:
-    """The events by which batches were left out of the training in `folder`, oldest first."""
-    return [event for event in read_lines(folder / EVENTS) if event["event"] == "skipped"]
+    """The events by which batches were left out, oldest first."""
+    return [event for event in events(folder) if event["event"] == "skipped"]
 
 
 def windows(events: list[dict[str, Any]]) -> list[Window]:

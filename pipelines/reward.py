@@ -20,6 +20,7 @@ from cluster.errors import Problem, StageFailed
 from llm.chat import render_conversation
 from llm.files import write_json
 from llm.packing import IGNORED, RowReader, pack_groups
+from llm.parts import Share
 from llm.preferences import count_pairs, pair_margins, ranking_nats
 from llm.vocabulary import fingerprint, load_tokenizer
 from pipelines import checkpoints, records, training, worker
@@ -102,8 +103,10 @@ def _job(stage: StageRun, manifest: dict[str, Any]) -> worker.Job:
     )
 
 
-def build(chat: Path, seed: int, saved: Path | None) -> torch.nn.Module:
-    """The chat model with a head of one score, drawn by `seed`; or the reward model as it was saved."""
+def build(chat: Path, seed: int, saved: Path | None, share: Share | None = None) -> torch.nn.Module:
+    """The chat model with a head of one score, drawn by `seed`; or the reward model as it was saved. Whole on each
+    rank, whatever `share` would do.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return load(saved or mirror.here(chat))
@@ -199,6 +202,6 @@ STAGE = Stage(
     needs=("tokenizer", "sft", "rank"),
     artefacts=("model",),
     identity=_identity,
-    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.vocab_size), recipe.reward),
+    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.ids), recipe.reward),
     run=run,
 )

@@ -22,22 +22,8 @@ from cluster.progress import console, log_to
 from cluster.runs import SCHEMA_VERSION, Run, StageFolder, canonical_hash, read_json, write_json
 from cluster.tracking import Tracker
 from llm.files import hash_file
-from pipelines import evaluate, ingest, pretrain, rank, reward, rlhf, sft, shards, tokenizer
 from pipelines.recipe import Recipe
-from pipelines.stage import NAMES, Outcome, Stage, StageRun
-
-STAGES: tuple[Stage, ...] = (
-    ingest.STAGE,
-    tokenizer.STAGE,
-    shards.STAGE,
-    pretrain.STAGE,
-    sft.STAGE,
-    rank.STAGE,
-    reward.STAGE,
-    rlhf.STAGE,
-    evaluate.STAGE,
-)
-assert tuple(stage.name for stage in STAGES) == NAMES
+from pipelines.stage import NAMES, Outcome, Stage, StageRun, load_stages
 
 log = logging.getLogger("headwater")
 
@@ -67,7 +53,7 @@ class Journey:
         begin, end = NAMES.index(self.first), NAMES.index(self.last)
         if begin > end:
             raise BadInput(Problem(f"--from {self.first} comes after --to {self.last}", f"order: {', '.join(NAMES)}"))
-        return list(STAGES[begin : end + 1])
+        return load_stages(NAMES[begin : end + 1])
 
     @property
     def whole(self) -> bool:
@@ -139,11 +125,11 @@ def execute(journey: Journey) -> list[dict[str, Any]]:
             with ray_session(journey.recipe.cluster.address, journey.recipe.cluster.object_store_mb):
                 _check_cluster([step.stage for step in steps if step.runs], journey.recipe)
                 for step in steps:
-                    run_stage(journey, step.stage, again=step.why.startswith("the sources' bytes"))
+                    run_stage(journey, step.stage, step.why, again=step.why.startswith("the sources' bytes"))
     return [run.stage(stage.name).done() or {} for stage in journey.chosen()]
 
 
-def run_stage(journey: Journey, stage: Stage, again: bool = False) -> None:
+def run_stage(journey: Journey, stage: Stage, why: str = "not run yet", again: bool = False) -> None:
     """Run one stage unless its key says that it is done (or `again`), and record what it was made of."""
     folder = journey.run.stage(stage.name)
     inputs = journey.inputs(stage)
@@ -154,7 +140,7 @@ def run_stage(journey: Journey, stage: Stage, again: bool = False) -> None:
     if (done := folder.done()) and done["key"] == key:
         _write_lineage(journey.run)
         return
-    console.print(f"[bold]{stage.name}[/bold]")
+    console.print(f"[bold]{stage.name}[/bold] ({why})", highlight=False)
     started = time.time()
     with log_to(folder.logs / "driver.log"):
         outcome = _tracked(journey, stage, folder)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import field_validator, model_validator
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem
 from cluster.runs import folder_at
+from llm.adoption import adopt, adopted_size
 from llm.architectures import Architecture, Saved, check_architecture, saved_at
 from llm.presets import PRESETS, Preset, from_depth
 from llm.schedules import learning_rate
@@ -18,6 +21,11 @@ from pipelines.alignment import ConversationSource
 from pipelines.corpus import quality
 from pipelines.corpus.quality import RULE_SETS
 from pipelines.settings import Settings, identity, placement
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Some = TypeVar("Some")
 
 # Licences (SPDX) under which code may be copied on with little more than a notice.
 PERMISSIVE = (
@@ -169,7 +177,40 @@ class TokenizerSettings(Settings):
     weights: dict[str, float] = identity(
         {}, "weights of the sources in that sample, by name; empty for what the sources have"
     )
+    from_folder: str | None = placement(
+        None,
+        "a Hugging Face folder whose tokenizer.json (byte-level BPE) is taken in place of learning one, with our "
+        "special tokens behind its ids and our chat template; its content is identity",
+    )
     cpus: float = placement(1, "CPUs that the training task claims", gt=0)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the tokenizer that is taken lies, on this machine."""
+        return mirror.here(folder_at(self.from_folder)) if self.from_folder else None
+
+    @property
+    def ids(self) -> int:
+        """Token ids to reckon with: `vocab_size`, or those of the folder's tokenizer with all special tokens."""
+        return self._of_folder(adopted_size) if self.from_folder else self.vocab_size
+
+    def adopted(self) -> PreTrainedTokenizerFast:
+        """The folder's tokenizer as a run's own. BadInput, with what it is or does, if it can't be one."""
+        return self._of_folder(adopt)
+
+    def _of_folder(self, take: Callable[[Path], Some]) -> Some:
+        assert self.folder is not None
+        try:
+            return take(self.folder)
+        except ValueError as error:
+            remedy = (
+                "name a folder with the tokenizer.json of a byte-level BPE that loses nothing, or let one be learnt"
+            )
+            raise BadInput(Problem(f"tokenizer.from_folder: {error}", remedy)) from None
+
+    def identity(self) -> dict[str, Any]:
+        """With a folder given, its content is what counts: nothing is learnt."""
+        return super().identity() if self.from_folder is None else {"from_folder": "a folder"}
 
     @field_validator("weights")
     @classmethod
@@ -202,8 +243,8 @@ class ModelSettings(Settings):
     )
     start_from: str | None = placement(
         None,
-        "a Hugging Face folder (safetensors) with a causal model of the run's own tokenizer, to go on training; its "
-        "content is identity",
+        "a Hugging Face folder (safetensors) with a causal model to go on training, of the run's own tokenizer or of "
+        "the one that tokenizer.from_folder takes; its content is identity",
     )
 
     @model_validator(mode="before")
@@ -275,6 +316,9 @@ class TrainingSettings(Settings):
     decay_share: float = identity(0.2, "share of the steps in which the rate falls, with decay=wsd", gt=0, le=1)
     final_learning_rate: float = identity(0.1, "share of the peak at the last step", ge=0, le=1)
     weight_decay: float = identity(0.1, "decoupled decay of matrices (not of norms)", ge=0)
+    optimizer: Literal["adamw", "muon"] = identity(
+        "adamw", "muon: Muon for the layers' matrices, AdamW for the rest, with one rate and decay for both"
+    )
     beta1: float = identity(0.9, "AdamW's first-moment decay", ge=0, lt=1)
     beta2: float = identity(0.95, "AdamW's second-moment decay", ge=0, lt=1)
     clip_norm: float = identity(1.0, "largest gradient norm, 0 for no clipping", ge=0)
@@ -292,6 +336,12 @@ class TrainingSettings(Settings):
     threads: int = placement(1, "compute threads of a worker on CPU", ge=1)
     micro_batch: int = placement(8, "rows in one forward pass of a worker", ge=1)
     zero_stage: Literal[1, 2, 3] = placement(2, "what ZeRO shards: 1 optimizer, 2 and gradients, 3 and weights")
+    sequence_parallel: int = placement(
+        1,
+        "workers that share each row's tokens, of which attention gets whole rows of a share of the heads (Ulysses, "
+        "arXiv 2309.14509); next-token prediction on GPUs alone",
+        ge=1,
+    )
     data_cpus: float = placement(0.25, "CPUs that a Ray Data reading task claims", gt=0)
     save_every: int = placement(500, "steps between checkpoints", ge=1)
     keep_checkpoints: int = placement(2, "newest checkpoints to keep", ge=1)
@@ -320,11 +370,17 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainingSettings:
-        if self.global_batch % self.workers:
+        if self.workers % self.sequence_parallel:
             raise ValueError(
-                f"global_batch must be a multiple of workers: {self.global_batch} rows over {self.workers} workers"
+                f"workers must be a multiple of sequence_parallel: {self.workers} in groups of "
+                f"{self.sequence_parallel}"
             )
-        rows = self.global_batch // self.workers
+        if self.global_batch % self.shares:
+            groups = f"groups of {self.sequence_parallel} workers" if self.sequence_parallel > 1 else "workers"
+            raise ValueError(
+                f"global_batch must be a multiple of workers: {self.global_batch} rows over {self.shares} {groups}"
+            )
+        rows = self.rows_per_worker
         if rows % min(self.micro_batch, rows):
             raise ValueError(f"a worker's {rows} rows must be a multiple of micro_batch, which is {self.micro_batch}")
         return self
@@ -333,7 +389,11 @@ class TrainingSettings(Settings):
     def _gpu_alone(self) -> TrainingSettings:
         if self.gpus_per_worker:
             return self
-        refused = {"dtype": self.dtype == "fp16", "offload": self.offload != "none"}
+        refused = {
+            "dtype": self.dtype == "fp16",
+            "offload": self.offload != "none",
+            "sequence_parallel": self.sequence_parallel > 1,
+        }
         for name in (name for name, asked in refused.items() if asked):
             raise ValueError(f"{name}={getattr(self, name)} needs GPUs: set gpus_per_worker, or leave it out")
         return self
@@ -350,6 +410,16 @@ class TrainingSettings(Settings):
             raise ValueError(f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps}")
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """Without what has no effect in the mode that is chosen."""
+        return {name: value for name, value in super().identity().items() if name not in self._idle}
+
+    @property
+    def _idle(self) -> set[str]:
+        """Settings of the result that have no effect beside the others."""
+        idle = {"decay_share": self.decay != "wsd", "final_learning_rate": self.decay == "none"}
+        return {name for name, is_idle in idle.items() if is_idle}
+
     def rate(self, step: int) -> float:
         """Learning rate at `step`, counted from 0."""
         return learning_rate(
@@ -363,13 +433,43 @@ class TrainingSettings(Settings):
         )
 
     @property
-    def rows_per_worker(self) -> int:
-        return self.global_batch // self.workers
+    def shares(self) -> int:
+        """Shares in which a global batch's rows are dealt out: one a worker, or one a group of them."""
+        return self.workers // self.sequence_parallel
+
+    @property
+    def least_workers(self) -> int:
+        """How many workers have to be there for the stage to begin or go on."""
+        return self.workers
+
+    def among(self, workers: int) -> Self:
+        """These settings for so many workers, be it a number that doesn't divide the global batch."""
+        return self.model_copy(update={"workers": workers})
+
+    @property
+    def forward_passes(self) -> int:
+        """Of a worker in one step."""
+        return math.ceil(math.ceil(self.global_batch / self.shares) / self.micro_batch)
 
     @property
     def forward_rows(self) -> int:
         """Rows in one forward pass: the micro-batch, or all of a worker's rows when those are fewer."""
-        return min(self.micro_batch, self.rows_per_worker)
+        return math.ceil(math.ceil(self.global_batch / self.shares) / self.forward_passes)
+
+    @property
+    def rows_per_worker(self) -> int:
+        """Of one global batch. Where its rows don't divide by the workers, the last of these rows are empty ones."""
+        return self.forward_passes * self.forward_rows
+
+
+Training = TypeVar("Training", bound=TrainingSettings)
+
+
+def _refuse_parts(settings: Training, what: str) -> Training:
+    """ValueError where the rows of a stage that needs them whole are to be shared by workers."""
+    if settings.sequence_parallel > 1:
+        raise ValueError(f"sequence_parallel must be 1 with {what}, got {settings.sequence_parallel}")
+    return settings
 
 
 class PretrainSettings(TrainingSettings):
@@ -392,6 +492,12 @@ class PretrainSettings(TrainingSettings):
     max_epochs: float = identity(
         4.0, "how often a source is read at most in a mixture; the rest goes to the others (arXiv 2305.16264)", gt=0
     )
+    min_workers: int | None = placement(
+        None,
+        "workers to go on with at least where nodes are lost, up to `workers` again when they come back; null: always "
+        "`workers`",
+        ge=1,
+    )
     samples: tuple[str, ...] = placement(
         ("Once upon a time", "The most important"),
         "texts that the model continues at each evaluation, to see what it has learnt; not with ZeRO-3, whose ranks "
@@ -401,12 +507,35 @@ class PretrainSettings(TrainingSettings):
         True, "whether the documents of a row are hidden from one another, each at positions from 0 on"
     )
 
+    @model_validator(mode="after")
+    def _whole_rows(self) -> PretrainSettings:
+        return _refuse_parts(self, f"objective={self.objective}") if self.objective != "causal" else self
+
     @field_validator("mixture")
     @classmethod
     def _weights(cls, mixture: dict[str, float]) -> dict[str, float]:
         if mixture and (min(mixture.values()) < 0 or not sum(mixture.values())):
             raise ValueError("weights must be positive, or 0 to leave a source out")
         return mixture
+
+    @model_validator(mode="after")
+    def _no_more_than_all(self) -> PretrainSettings:
+        if self.least_workers > self.workers:
+            raise ValueError(f"min_workers must be at most workers: {self.min_workers} of {self.workers}")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        return self.min_workers or self.workers
+
+    @property
+    def _idle(self) -> set[str]:
+        idle = {
+            "masked_share": self.objective != "mixed",
+            "mask_rate": self.objective == "causal",
+            "max_epochs": not self.mixture,
+        }
+        return super()._idle | {name for name, is_idle in idle.items() if is_idle}
 
 
 class SftSettings(TrainingSettings):
@@ -420,6 +549,10 @@ class SftSettings(TrainingSettings):
 
 class RewardSettings(TrainingSettings):
     """Rankings to a reward model; a row holds all answers to one prompt."""
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> RewardSettings:
+        return _refuse_parts(self, "the reward model, which compares the answers of a row")
 
 
 class RlhfSettings(TrainingSettings):
@@ -439,7 +572,7 @@ class RlhfSettings(TrainingSettings):
     def _whole_weights(self) -> RlhfSettings:
         if self.zero_stage == 3:
             raise ValueError("zero_stage must be 1 or 2: the rollout engine shares each worker's whole weights, got 3")
-        return self
+        return _refuse_parts(self, "the policy, whose rollout engine writes whole rows")
 
 
 class ServeSettings(Settings):

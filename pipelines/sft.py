@@ -16,6 +16,7 @@ from cluster.errors import Problem, StageFailed
 from llm.chat import render_conversation
 from llm.files import write_json
 from llm.packing import IGNORED, pack_whole
+from llm.parts import Share, read_model
 from llm.vocabulary import fingerprint, load_tokenizer
 from pipelines import checkpoints, conversations, records, training, worker
 from pipelines.alignment import ConversationSource
@@ -113,13 +114,9 @@ def _job(stage: StageRun, manifest: dict[str, Any]) -> worker.Job:
     )
 
 
-def build(base: Path, saved: Path | None) -> torch.nn.Module:
-    """The model in `base`, or as it was saved."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        saved or mirror.here(base), local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+def build(base: Path, saved: Path | None, share: Share | None = None) -> torch.nn.Module:
+    """The model in `base`, or as it was saved; shared out a module at a time where `share` says how."""
+    return read_model(saved or mirror.here(base), share)
 
 
 def _outcome(stage: StageRun, manifest: dict[str, Any]) -> Outcome:
@@ -152,6 +149,7 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 
 def _check(recipe: Recipe) -> list[Problem]:
     problems = conversations.problems_of(recipe.sft.sources, "sft.sources")
+    problems += training.sequence_problems(recipe, "sft")
     if recipe.pretrain.objective == "masked":
         what = "sft can't begin with a model that was pretrained on masked words alone"
         problems.append(Problem(what, "set pretrain.objective to causal or mixed, or stop with --to pretrain"))
@@ -166,6 +164,6 @@ STAGE = Stage(
     identity=_identity,
     sources=_sources,
     check=_check,
-    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.vocab_size), recipe.sft),
+    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.ids), recipe.sft),
     run=run,
 )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import Problem
 from cluster.runs import Run, StageFolder, canonical_hash, hash_folder
+from llm.files import hash_file
 from pipelines.recipe import Recipe
 
-# The journey in order. Here and not where the stages are gathered, so that `--help` need not import them.
+# The journey in order, each stage the module of its name.
 NAMES = ("ingest", "tokenizer", "shards", "pretrain", "sft", "rank", "reward", "rlhf", "evaluate")
+
+
+def load_stages(names: Iterable[str] = NAMES) -> list[Stage]:
+    """The stages of these names, imported only now: `--help` needs none, and those of data no torch."""
+    return [importlib.import_module(f"pipelines.{name}").STAGE for name in names]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,16 @@ class StageRun:
     def input(self, stage: str) -> Path:
         """Folder of an earlier stage's artefacts."""
         return self.run.stage(stage).path
+
+
+def content_of(files: Iterable[Path], verify: bool) -> str:
+    """What tells files of a user from others: their names, sizes and times, or with `verify` their bytes."""
+    return canonical_hash([(path.name, hash_file(path) if verify else _stamp(path)) for path in sorted(files)])
+
+
+def _stamp(path: Path) -> list[int]:
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
 
 
 def _no_sources(recipe: Recipe, verify: bool) -> dict[str, str]:

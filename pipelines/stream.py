@@ -1,6 +1,8 @@
 """The stream: Ray Data reads token shards and hands every training worker its rows, in order, exactly once.
 
-1. Global batch k is a fixed set of rows (`llm.order`); worker r of W takes its r-th part.
+1. Global batch k is a fixed set of rows (`llm.order`); worker r of W takes its r-th part. W may be another at each
+   start of the workers; a batch that doesn't divide by it is filled up with empty rows. Where groups of N workers
+   share rows, group g takes the g-th of W/N parts, and each of its workers a part of those rows' tokens.
 2. A block holds one worker's rows for a span of steps. Blocks come in groups of W, one a worker, all of one size.
 3. `streaming_split(equal=True)` gives each block to the worker with the fewest rows; with order preserved and equal
    blocks that is worker 0, 1, ..., W-1 in each group. The worker checks every row's step all the same.
@@ -11,23 +13,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import Datasource, ReadTask
+from ray.data import Datasource, ExecutionOptions, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
+from ray.train import DataConfig
 
 from cluster import mirror
 from llm.masking import Kind, Masking, Plan, empty, joined, load_masker, mask_rows
 from llm.order import Mixture, batch_rows, spread
 from llm.packing import RowReader
+from llm.sequence import split_rows
 from pipelines.schema import TrainingSettings
 
 REST_S = 0.05
@@ -43,12 +48,14 @@ class RowStream:
     pad_id: int
     global_batch: int
     workers: int
+    share: int  # rows that a worker takes of a batch; all workers' together may be more than there are
     first_step: int
     last_step: int
     seed: int
     mixture: Mixture | None = None
     isolated: bool = True  # whether the pieces of a row are sequences of their own
     masking: Masking | None = None  # what of the rows is hidden, to be filled in
+    group: int = 1  # workers that share the tokens of rows
 
     @classmethod
     def of(
@@ -62,8 +69,15 @@ class RowStream:
         masking: Masking | None = None,
     ) -> RowStream:
         """All steps of a training stage."""
-        batch, workers, steps = settings.global_batch, settings.workers, settings.steps
-        return cls(str(folder), pad_id, batch, workers, 0, steps, seed, mixture, isolated, masking)
+        batch, workers, share = settings.global_batch, settings.workers, settings.rows_per_worker
+        group = settings.sequence_parallel
+        return cls(
+            str(folder), pad_id, batch, workers, share, 0, settings.steps, seed, mixture, isolated, masking, group
+        )
+
+    def among(self, settings: TrainingSettings) -> Self:
+        """The same batches, dealt out among the workers that `settings` have."""
+        return replace(self, workers=settings.workers, share=settings.rows_per_worker)
 
     @property
     def _reader(self) -> RowReader:
@@ -90,23 +104,29 @@ class RowStream:
     def spans(self) -> list[tuple[int, int]]:
         """Ranges of steps whose rows make a block."""
         row_bytes = 3 * 4 * self._reader.index.row_tokens
-        length = max(1, min(32, BLOCK_BYTES // (row_bytes * self.global_batch // self.workers)))
+        length = max(1, min(32, BLOCK_BYTES // (row_bytes * self.share)))
         starts = range(self.first_step, self.last_step, length)
         return [(start, min(start + length, self.last_step)) for start in starts]
 
     def block(self, span: tuple[int, int], worker: int) -> pa.Table:
         """One worker's rows for a span: `step`, `row`, `batch_targets` (targets in the whole global batch), tokens."""
-        plans = [self.plan_of_batch(step) for step in range(*span)]
-        share = self.global_batch // self.workers
-        mine = joined([plan.part(worker * share, (worker + 1) * share) for plan in plans])
+        plans, share = [self._filled(self.plan_of_batch(step)) for step in range(*span)], self.share
+        place, part = divmod(worker, self.group)
+        mine = joined([plan.part(place * share, (place + 1) * share) for plan in plans])
+        tokens = self.read(mine)
+        if self.group > 1:
+            tokens = split_rows(tokens, part, self.group)
         return pa.table(
             {
                 "step": np.repeat(np.arange(*span), share),
                 "row": mine.rows,
                 "batch_targets": np.repeat([int(plan.targets.sum()) for plan in plans], share),
-                **{name: _column(values) for name, values in self.read(mine).items()},
+                **{name: _column(values) for name, values in tokens.items()},
             }
         )
+
+    def _filled(self, plan: Plan) -> Plan:
+        return joined([plan, empty(self.workers // self.group * self.share - len(plan.rows))])
 
     def read(self, plan: Plan) -> dict[str, np.ndarray]:
         """The rows of `plan`: columns of `RowReader.read`, with words hidden and `kind` if the stream is masked."""
@@ -145,9 +165,16 @@ class HeldOutRows(RowStream):
         masking: Masking | None = None,
     ) -> HeldOutRows:
         """`num_rows` rows of the set in `folder`, a forward pass of every worker at a time."""
-        batch, workers = settings.forward_rows * settings.workers, settings.workers
-        steps = math.ceil(sum(_counts(num_rows, masking).values()) / batch)
-        return cls(str(folder), pad_id, batch, workers, 0, steps, 0, None, isolated, masking, num_rows)
+        group = settings.sequence_parallel
+        everything = cls(str(folder), pad_id, 1, 1, 1, 0, 0, 0, None, isolated, masking, group, num_rows)
+        return everything.among(settings)
+
+    def among(self, settings: TrainingSettings) -> Self:
+        batch = settings.forward_rows * settings.shares
+        steps = math.ceil(sum(_counts(self.num_rows, self.masking).values()) / batch)
+        return replace(
+            self, global_batch=batch, workers=settings.workers, share=settings.forward_rows, last_step=steps
+        )
 
     @property
     def _plan(self) -> Plan:
@@ -171,7 +198,7 @@ class HeldOutRows(RowStream):
 
     def plan_of_batch(self, step: int) -> Plan:
         part = self._plan.part(step * self.global_batch, (step + 1) * self.global_batch)
-        return joined([part, empty(self.global_batch - len(part.rows))])
+        return self._filled(part)
 
 
 def _counts(rows: int, masking: Masking | None) -> dict[Kind, int]:
@@ -182,6 +209,22 @@ def _counts(rows: int, masking: Masking | None) -> dict[Kind, int]:
 
 def _column(values: np.ndarray) -> pa.Array:
     return ArrowTensorArray.from_numpy(values) if values.ndim > 1 else pa.array(values)
+
+
+class Dealt(DataConfig):
+    """Deals streams out at each start of the workers, when it is known how many they are and where they begin.
+
+    Ray Train is given their names alone, in place of datasets.
+    """
+
+    def __init__(self, streams: dict[str, Callable[[int], ray.data.Dataset]]):
+        """streams: by name, what makes the dataset for a number of workers. Called when rank 0 asks for its shard."""
+        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+        self._streams = streams
+
+    def configure(self, datasets, world_size, *args, **kwargs):
+        made = {name: self._streams[name](world_size) for name in datasets}
+        return super().configure(made, world_size, *args, **kwargs)
 
 
 @lru_cache(maxsize=4)
@@ -220,7 +263,7 @@ class _Blocks(Datasource):
 
     def _task(self, span: tuple[int, int], worker: int) -> ReadTask:
         stream = self._stream
-        rows = (span[1] - span[0]) * stream.global_batch // stream.workers
+        rows = (span[1] - span[0]) * stream.share
 
         def read() -> Iterator[pa.Table]:
             yield stream.block(span, worker)

@@ -1,5 +1,7 @@
 """Stage 2: documents to a tokenizer, a Hugging Face folder with the chat template and every special token.
 
+With tokenizer.from_folder nothing is learnt: the tokenizer of that folder is taken, and measured like one of ours.
+
 sample    a task a documents file: the training documents that are drawn, and others to measure on, held-out ones
           where there are some
 learn     one task: the merges, from the sample alone, so its memory is bounded by tokenizer.sample_bytes; then
@@ -23,8 +25,9 @@ from cluster.progress import console
 from llm.vocabulary import encode_text, fingerprint, gpt2_tokenizer, train_tokenizer
 from pipelines import documents
 from pipelines.partitions import Step, Summary, Work, facts, writing
+from pipelines.recipe import Recipe
 from pipelines.schema import TokenizerSettings
-from pipelines.stage import Demand, Outcome, Stage, StageRun
+from pipelines.stage import Demand, Outcome, Stage, StageRun, content_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,11 +46,11 @@ def run(stage: StageRun) -> Outcome:
     sample = partial(_sample, shares=sample_shares(sizes, settings), sizes=sizes, held_out=stage.recipe.held_out)
     work.each("sample", [{"part": str(part)} for part in parts], sample, "files")
     target = stage.folder.kept_folder("tokenizer")
-    learn = partial(_learn, sample=work.step("sample"), target=target, vocab_size=settings.vocab_size)
-    with console.status("learning the merges"):
+    learn = partial(_learn, sample=work.step("sample"), target=target, settings=settings)
+    with console.status("taking the tokenizer" if settings.from_folder else "learning the merges"):
         [found] = work.each("learn", [{}], learn)
     stage.folder.publish("tokenizer", found.pop("files"))
-    if found["vocab_size"] < settings.vocab_size:
+    if not settings.from_folder and found["vocab_size"] < settings.vocab_size:
         stage.log.warning("the text gave only %d of %d token ids", found["vocab_size"], settings.vocab_size)
     console.print(fertility_table(found["fertility"]))
     return Outcome(
@@ -66,8 +69,10 @@ def sample_shares(sizes: dict[str, int], settings: TokenizerSettings) -> dict[st
     """Which share of each source's documents is drawn, so that the sample has `sample_bytes` by the weights.
 
     `sizes`: bytes of text by source. A source with less text than its weight asks for is taken whole.
-    BadInput if a weight is of no source.
+    BadInput if a weight is of no source. Nothing is drawn where nothing is learnt.
     """
+    if settings.from_folder:
+        return dict.fromkeys(sizes, 0.0)
     weights = settings.weights or {name: float(size) for name, size in sizes.items()}
     if unknown := sorted(set(weights) - set(sizes)):
         what = f"tokenizer.weights has a weight for '{unknown[0]}', which is no source"
@@ -120,9 +125,11 @@ def _drawn(sample: Step, use: str) -> Iterator[tuple[str, str]]:
 # Learning
 
 
-def _learn(number: int, item: dict[str, Any], step: Step, sample: Step, target: Path, vocab_size: int) -> Summary:
+def _learn(
+    number: int, item: dict[str, Any], step: Step, sample: Step, target: Path, settings: TokenizerSettings
+) -> Summary:
     counted = _Counted(text for _, text in _drawn(sample, LEARN))
-    tokenizer = train_tokenizer(counted, vocab_size)
+    tokenizer = settings.adopted() if settings.from_folder else train_tokenizer(counted, settings.vocab_size)
     _check_round_trip(tokenizer)
     with mirror.filling(target):
         tokenizer.save_pretrained(target)
@@ -215,12 +222,32 @@ def fertility_table(fertility: dict[str, Any]) -> Table:
     return table
 
 
+def _check(recipe: Recipe) -> list[Problem]:
+    """Why a folder's tokenizer can't be the run's."""
+    try:
+        if recipe.tokenizer.from_folder:
+            recipe.tokenizer.adopted()
+    except BadInput as error:
+        return [problem for problem in error.problems if isinstance(problem, Problem)]
+    return []
+
+
+def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
+    """The tokenizer that is taken."""
+    if recipe.tokenizer.folder is None:
+        return {}
+    file = recipe.tokenizer.folder / "tokenizer.json"
+    return {"from_folder": content_of([file] if file.is_file() else [], verify)}
+
+
 STAGE = Stage(
     name="tokenizer",
     version=2,
     needs=("ingest",),
     artefacts=("tokenizer",),
     identity=lambda recipe: {**recipe.tokenizer.identity(), "held_out": recipe.held_out},
+    check=_check,
+    sources=_sources,
     demand=lambda recipe: Demand(cpus=recipe.tokenizer.cpus, disk_bytes=recipe.tokenizer.vocab_size * 200),
     run=run,
 )

@@ -6,6 +6,7 @@ out. What a killed worker, node or driver costs is what was done since the last 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import uuid
@@ -16,15 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from cluster import claims, mirror
-from cluster.errors import StageFailed, Stopped
+from cluster.errors import PreflightRefused, Problem, StageFailed, Stopped
+from cluster.preflight import starving_problems
 from cluster.progress import console, progress
 from cluster.runs import ask_to_stop
-from llm import guard
-from pipelines import failures, records
+from llm import guard, sequence
+from llm.architectures import Ids
+from pipelines import checkpoints, failures, records
+from pipelines.recipe import Recipe
 from pipelines.schema import TrainingSettings
 from pipelines.stage import Demand
-from pipelines.stream import RowStream
+from pipelines.stream import Dealt, RowStream
 from pipelines.worker import Job, work
+
+GROW_S = 30.0  # seconds between looks for room for more workers
+# Seconds that workers whose number isn't fixed have to start in. Ray counts a lost node as there for up to 20 s, and
+# by itself waits a minute for those that it starts on it.
+START_S = "25"
+TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> None:
@@ -34,22 +44,22 @@ def train(job: Job, title: str, on_record: Callable[[dict[str, Any]], None]) -> 
     """
     failures.forget(job.folder / "logs")
     with _stop_by_signal(job.folder), progress(title, job.settings.steps, "steps") as report:
-        tail = records.Tail(job.folder / "metrics.jsonl", after=job.resume_step() - 1)
+        step = job.resume_step()
+        tail = records.Tail(job.folder / "metrics.jsonl", after=step - 1)
 
         def follow(now: bool) -> None:
             for record in tail.new(now=now):
                 report(record["step"] + 1, f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s")
                 on_record(record)
 
-        left_out = None
-        while (step := job.resume_step()) < job.settings.steps:
-            known = records.left_out(job.folder)
-            if left_out == len(known):
-                raise Stopped(f"{title}: asked to stop, state saved at step {step}; the same command goes on")
-            if left_out is not None:
-                console.print(_told(known[-1]))
-            left_out = len(known)
+        if step >= job.settings.steps:
+            console.print(f"{title}: all {step} steps were taken before, none is taken now")
+        while step < job.settings.steps:
+            known = len(records.events(job.folder))
             _attempt(job, follow)
+            step = job.resume_step()
+            if step < job.settings.steps:
+                _go_on(title, step, records.events(job.folder)[known:])
 
 
 def _attempt(job: Job, follow: Callable[[bool], None]) -> None:
@@ -64,6 +74,23 @@ def _attempt(job: Job, follow: Callable[[bool], None]) -> None:
         raise outcome[0]
 
 
+def _go_on(title: str, step: int, events: list[dict[str, Any]]) -> None:
+    """Say why the workers ended at `step`, by what happened beside; return if they are to be started again."""
+    last = events[-1:]
+    if not last or last[0]["event"] not in ("skipped", "gave up"):
+        raise Stopped(f"{title}: asked to stop, state saved at step {step}; the same command goes on")
+    if last[0]["event"] == "gave up":
+        raise StageFailed(_given_up(title, last[0]))
+    console.print(_told(last[0]))
+
+
+def _given_up(title: str, event: dict[str, Any]) -> Problem:
+    return Problem(
+        f"{title}: step {event['step']}: {event['why']}; bad batches were left out {event['skips']} times (max_skips)",
+        "lower learning_rate, raise warmup_steps or clip_norm, or look at the data of these steps",
+    )
+
+
 def _told(event: dict[str, Any]) -> str:
     first, end = event["batches"]
     return (
@@ -75,7 +102,8 @@ def _fit(job: Job, outcome: list[BaseException]) -> None:
     from ray.train import TrainingFailedError
 
     try:
-        _trainer(job).fit()
+        with _start_timeout(job.settings):
+            _trainer(job).fit()
     except TrainingFailedError as error:
         outcome.append(_explained(error, job.folder))
     except BaseException as error:  # handed to the thread that waits, which raises it
@@ -91,20 +119,14 @@ def _explained(error: Exception, folder: Path) -> StageFailed:
 
 def _trainer(job: Job):
     """The Ray Train trainer. The streams are functions: each (re)start of the workers calls them anew."""
-    from ray.data import ExecutionOptions
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    settings = job.settings
-    resources = {"CPU": settings.cpus_per_worker}
-    if settings.gpus_per_worker:
-        resources["GPU"] = settings.gpus_per_worker
+    settings, streams = job.settings, _streams(job)
     return TorchTrainer(
         work,
         train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=settings.workers, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources
-        ),
+        scaling_config=_scaling(settings),
         run_config=RunConfig(
             # A name of its own each time: what Ray Train remembers of an earlier attempt is not what we resume from.
             name=f"attempt-{uuid.uuid4().hex[:8]}",
@@ -112,24 +134,52 @@ def _trainer(job: Job):
             failure_config=FailureConfig(max_failures=settings.max_failures),
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if settings.gpus_per_worker else "cpu"}},
         ),
-        datasets=_datasets(job),
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        datasets=dict.fromkeys(streams),
+        dataset_config=Dealt(streams),
     )
+
+
+def _scaling(settings: TrainingSettings):
+    from ray.train import ScalingConfig
+
+    gpus = {"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}
+    least, most = settings.least_workers, settings.workers
+    return ScalingConfig(
+        num_workers=most if least == most else (least, most),
+        use_gpu=bool(gpus),
+        resources_per_worker={"CPU": settings.cpus_per_worker, **gpus},
+        elastic_resize_monitor_interval_s=GROW_S,
+    )
+
+
+@contextmanager
+def _start_timeout(settings: TrainingSettings) -> Iterator[None]:
+    """START_S where the number of workers isn't fixed, unless the user has set another; for this stage alone."""
+    if settings.least_workers == settings.workers or TIMEOUT_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[TIMEOUT_VARIABLE] = START_S
+    try:
+        yield
+    finally:
+        del os.environ[TIMEOUT_VARIABLE]
+
+
+def _streams(job: Job) -> dict[str, Callable[[int], Any]]:
+    """What makes each dataset for a number of workers."""
+    cpus = job.settings.data_cpus
+    streams: dict[str, Callable[[int], Any]] = {"train": lambda workers: _rest_of(job.among(workers)).dataset(cpus)}
+    if (held_out := job.held_out) is not None:
+        streams["held_out"] = lambda workers: held_out.among(job.settings.among(workers)).dataset(cpus)
+    return streams
 
 
 def _rest_of(job: Job) -> RowStream:
     """The stream from the batch on that the next step takes, to the last step's."""
-    windows = records.windows(records.left_out(job.folder))
-    first, last = (guard.batch_of(step, windows) for step in (job.resume_step(), job.settings.steps - 1))
+    begun, windows = checkpoints.begun(job.checkpoints), records.windows(records.left_out(job.folder))
+    assert begun is not None, "rank 0 says where it goes on before it asks for its rows"
+    first, last = (guard.batch_of(step, windows) for step in (begun.step, job.settings.steps - 1))
     return replace(job.stream, first_step=first, last_step=last + 1)
-
-
-def _datasets(job: Job) -> dict[str, Callable[[], Any]]:
-    cpus = job.settings.data_cpus
-    streams: dict[str, Callable[[], Any]] = {"train": lambda: _rest_of(job).dataset(cpus)}
-    if (held_out := job.held_out) is not None:
-        streams["held_out"] = lambda: held_out.dataset(cpus)
-    return streams
 
 
 @contextmanager
@@ -156,13 +206,37 @@ def _stop_by_signal(folder: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def refuse_starving(who: str, settings: TrainingSettings) -> None:
+    """PreflightRefused where as many workers as the cluster has room for would leave Ray Data none."""
+    import ray
+
+    if settings.least_workers == settings.workers:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    claims = settings.cpus_per_worker, settings.gpus_per_worker, settings.data_cpus
+    if problems := starving_problems(who, *claims, nodes):
+        raise PreflightRefused(*problems)
+
+
+def sequence_problems(recipe: Recipe, stage: str) -> list[Problem]:
+    """Why the workers of a stage can't share rows as its settings say."""
+    group: int = getattr(recipe, stage).sequence_parallel
+    if group == 1:
+        return []
+    config = recipe.model.shape.config(Ids(recipe.tokenizer.ids))
+    why = sequence.why_not(config, group, recipe.shards.sequence_length)
+    remedy = "take a number that divides the model's heads and the rows, or 1"
+    return [Problem(f"{stage}.sequence_parallel is {group}: {why}", remedy)] if why else []
+
+
 def demand(parameters: int, settings: TrainingSettings) -> Demand:
     """What a training stage needs: its workers with Ray Data's share, and room for its checkpoints."""
     # fp32 weights and two moments (12 bytes a parameter), and the model itself.
     checkpoint = parameters * (12 + (4 if settings.dtype == "fp32" else 2))
+    workers = settings.least_workers
     return Demand(
-        cpus=settings.workers * settings.cpus_per_worker + settings.data_cpus,
-        gpus=settings.workers * settings.gpus_per_worker,
+        cpus=workers * settings.cpus_per_worker + settings.data_cpus,
+        gpus=workers * settings.gpus_per_worker,
         disk_bytes=checkpoint
         * (settings.keep_checkpoints + settings.keep_best + 2),  # one more is being written, and one is exported
     )

@@ -1,8 +1,9 @@
 """A training worker: what pretraining and every later stage do on each rank, with exact resume.
 
-In each worker `work` restores the newest whole checkpoint, enters the stream at its step, and goes on as if nothing
-had happened. Files follow every step: `metrics.jsonl` for people, `ledger.jsonl` for proof, both cut back to the
-checkpoint on resume, and `events.jsonl` for what happened beside.
+In each worker `work` restores the checkpoint that rank 0 finds to be the newest whole one, enters the stream at its
+step, and goes on as if nothing had happened, on however many workers there are this time. Files follow every step:
+`metrics.jsonl` for people, `ledger.jsonl` for proof, both cut back to the checkpoint on resume, and `events.jsonl` for
+what happened beside.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -31,8 +32,9 @@ import torch.distributed as dist
 from cluster import mirror
 from cluster.progress import log_to
 from cluster.runs import stop_is_asked
-from llm import checkpoint, clocks, flops, guard, zero
+from llm import checkpoint, clocks, flops, guard, sequence, zero
 from llm.checkpoint import Checkpoint
+from llm.parts import Share
 from llm.vocabulary import load_tokenizer
 from llm.watchdog import Watchdog
 from pipelines import checkpoints, failures, records
@@ -46,8 +48,9 @@ log = logging.getLogger("headwater")
 
 # The objective: (model, batch of tensors (B, T)) -> sum of the loss over the batch's targets, a scalar.
 Objective = Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
-# Builds the model before the first checkpoint exists, or loads it from a checkpoint's folder.
-Build = Callable[[Path | None], torch.nn.Module]
+# Builds the model before the first checkpoint exists, or loads it from a checkpoint's folder; under ZeRO-3 it may hand
+# out each rank's share as it goes.
+Build = Callable[[Path | None, Share | None], torch.nn.Module]
 # Figures of the held-out rows in place of the objective's mean, `held_out_loss` among them: (model, this rank's
 # batches of tensors, `row` ids among them) -> name: (sum, count), shape (2,), fp64, to be added up over ranks.
 Evaluation = Callable[[torch.nn.Module, list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
@@ -84,24 +87,42 @@ class Job:
         newest = checkpoints.newest(self.checkpoints)
         return newest.step if newest else 0
 
+    def among(self, workers: int) -> Job:
+        """The same job for so many workers."""
+        settings = self.settings.among(workers)
+        held_out = self.held_out.among(settings) if self.held_out else None
+        return replace(self, settings=settings, stream=self.stream.among(settings), held_out=held_out)
+
+
+class Origin(NamedTuple):
+    """Where a start of the workers goes on: the same on every rank. `flush` makes rank 0's records safe."""
+
+    begun: checkpoints.Begun
+    saved: Checkpoint | None
+    flush: Callable[[], None]
+
 
 def work(job: Job) -> None:
     """A training worker, from start or checkpoint to the last step. Runs on every rank."""
     import ray.train
 
-    rank, logs = ray.train.get_context().get_world_rank(), job.folder / "logs"
-    told = failures.recorded(logs, rank, ray.train.get_context().get_world_size())
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    job, logs = job.among(world), job.folder / "logs"
+    told = failures.recorded(logs, rank, world)
     with log_to(logs / f"rank-{rank}.log"), told, sole_writer(job.folder, rank), ExitStack() as files:
-        shard = ray.train.get_dataset_shard("train")
+        origin = _taken_over(job, files)
+        if origin.begun.step >= job.settings.steps:
+            return  # what ended the workers came after the last save
+        shard = ray.train.get_dataset_shard("train")  # which begins where that says
         share = job.settings.rows_per_worker
         batches = started(iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)))
-        trainer = Trainer.start(job, files)
+        trainer = Trainer.start(job, origin, files)
         log.info("rank %d of %d begins at step %d", rank, dist.get_world_size(), trainer.step)
         for step in range(trainer.step, job.settings.steps):
             stop, bad = trainer.train_step(step, trainer.next_batch(batches, step))
             if bad:
                 trainer.leave_out(step, bad)
-                return  # the driver starts the workers again, and they begin before it
+                return  # the driver starts the workers again, and they begin before it, unless it is to give up
             last = step + 1 == job.settings.steps
             if job.held_out and (last or _due(step, job.settings.evaluate_every)):
                 trainer.evaluate(ray.train.get_dataset_shard("held_out"))
@@ -181,25 +202,16 @@ class Trainer:
     flops_per_token: float | None = None  # once the rows' length is known
 
     @classmethod
-    def start(cls, job: Job, files: ExitStack) -> Trainer:
-        """Build the model and its engine, and put back what the newest whole checkpoint holds. Collective.
+    def start(cls, job: Job, origin: Origin, files: ExitStack) -> Trainer:
+        """Build the model and its engine, and put back what the checkpoint of `origin` holds. Collective.
 
         `files` ends what follows the steps.
         """
-        saved = checkpoints.newest(job.checkpoints)
-        step = saved.step if saved else 0
-        engine, device = _start_engine(job, saved)
-        keep = job.settings.keep_checkpoints, job.settings.keep_best
-        flush: Callable[[], None] = lambda: None  # noqa: E731
-        if dist.get_rank() == 0:
-            checkpoints.set_aside_damaged(job.checkpoints, saved)
-            checkpoints.prune(job.checkpoints, *keep)
-            flush = files.enter_context(records.followed(job.folder, step))
-            if saved:
-                records.append(job.folder / records.EVENTS, {"step": step, "event": "restart"})
-        attempt, losses, left_out = _shared(lambda: _history(job.folder))
+        step, keep = origin.begun.step, (job.settings.keep_checkpoints, job.settings.keep_best)
+        engine, device = _start_engine(job, origin.saved)
+        losses, left_out = _shared(lambda: _history(job.folder))
         tokenizer = load_tokenizer(mirror.here(job.tokenizer))
-        store = checkpoints.store(job.checkpoints, attempt, flush)
+        store = checkpoints.store(job.checkpoints, origin.begun.attempt, origin.flush)
         watchdog = _watchdog(job)
         files.callback(watchdog.end)
         return cls(
@@ -254,20 +266,22 @@ class Trainer:
     def _forward_backward(self, batch: Batch) -> float:
         """Forward, backward and update over this rank's rows; the sum of their loss in nats.
 
-        DeepSpeed averages gradients over ranks and micro-batches. The loss handed to it is scaled so that the result
-        is the mean over the targets of the whole global batch, however its rows are dealt out.
+        DeepSpeed averages gradients over micro-batches and over ranks, or groups of ranks that share rows. The loss
+        handed to it is scaled so that the result is the mean over the targets of the whole global batch, however its
+        rows are dealt out.
         """
         size = self.job.settings.forward_rows
         starts = range(0, len(batch.rows), size)
-        scale = dist.get_world_size() * len(starts) / batch.targets
+        scale = zero.averaged_over(self.engine) * len(starts) / batch.targets
         total = torch.zeros((), device=self.device)
         self.clock.begin()
-        for start in starts:
-            self._at("forward")
+        torch.manual_seed(dropout_seed(self.job.stream.seed, self.step, dist.get_rank()))
+        for part, start in enumerate(starts):
+            self._at("forward", part)
             nats = self.job.objective(self.engine, batch.part(start, start + size, self.device))
-            self._at("backward")
+            self._at("backward", part)
             self.engine.backward(nats * scale)
-            self._at("optimizer")
+            self._at("optimizer", part)
             if start == starts[-1]:
                 self.saver.before_change()
             self.engine.step()
@@ -275,8 +289,8 @@ class Trainer:
         self.clock.end()
         return total.item()
 
-    def _at(self, phase: str) -> None:
-        self.watchdog.at(self.step, phase)
+    def _at(self, phase: str, part: int) -> None:
+        self.watchdog.at(self.step, phase, part)
         self.clock.at(phase)
 
     def _gather(self, nats: float, batch: Batch) -> tuple[float, list[int], bool, dict[str, float]]:
@@ -299,11 +313,15 @@ class Trainer:
         self._tell_slow(figures["forward_s"])
         means: dict[str, float] = {name: fmean(values) for name, values in figures.items()}
         means["peak_rss_mb"] = float(table[:, 2].max())
-        rows = table[:, 3 + len(names) :].flatten().long().tolist()
+        group = self.job.settings.sequence_parallel  # ranks that have the same rows
+        rows = table[::group, 3 + len(names) :].flatten().long().tolist()[: self.job.stream.global_batch]
         return float(table[:, 0].sum()), rows, bool(table[:, 1].any()), means
 
     def _tell_slow(self, forward_s: list[float]) -> None:
-        """Ranks wait for one another in every other phase, so the forward pass tells which of them is slow."""
+        """Ranks wait for one another in every other phase, so the forward pass tells which of them is slow.
+
+        With ZeRO-3 they wait for one another's weights in that too, and none is found.
+        """
         slow = self.slowness.add(forward_s)
         if slow is not None and dist.get_rank() == 0:
             log.warning("rank %d is slow: %.2f times the others' forward pass, %d steps long", *slow, clocks.STEPS)
@@ -311,7 +329,8 @@ class Trainer:
             records.append(self.job.folder / records.EVENTS, event)
 
     def _timing(self, batch: Batch, rows: list[int], seconds: float) -> dict[str, float]:
-        tokens = len(rows) * batch.arrays["input_ids"][0].size
+        group = self.job.settings.sequence_parallel
+        tokens = len(rows) * batch.arrays["input_ids"][0].size * group
         seconds += batch.waited_s
         held_up, self.saver.held_up_s = self.saver.held_up_s, 0.0
         told: dict[str, float] = {
@@ -321,7 +340,7 @@ class Trainer:
             "save_wait_s": held_up,
             "seconds": seconds,
         }
-        return told | self._utilisation(told["tokens_per_s"], batch.arrays["input_ids"].shape[-1])
+        return told | self._utilisation(told["tokens_per_s"], batch.arrays["input_ids"].shape[-1] * group)
 
     def _utilisation(self, tokens_per_s: float, row_tokens: int) -> dict[str, float]:
         """FLOP/s of all ranks, and their share of what the devices can do where that is known (`llm.flops`)."""
@@ -349,16 +368,15 @@ class Trainer:
     def leave_out(self, step: int, why: str) -> None:
         """Have the batches since the last checkpoint, the one of `step` among them, left out from now on. Collective.
 
-        Where they were left out before and it was no help, the checkpoint itself may be what is bad: it goes.
+        Where they were left out before and it was no help, the checkpoint itself may be what is bad: it goes. After
+        `max_skips` times the driver is told that this is no use.
         """
-        if self.skips >= self.job.settings.max_skips:
-            raise FloatingPointError(
-                f"step {step}: {why}; bad batches were left out {self.skips} times (max_skips): lower learning_rate, "
-                "raise warmup_steps or clip_norm, or look at the data of these steps"
-            )
         self.watchdog.at(step, "save")
         self.saver.settle()
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and self.skips >= self.job.settings.max_skips:
+            gave_up = {"step": step, "event": "gave up", "why": why, "skips": self.skips}
+            records.append(self.job.folder / records.EVENTS, gave_up)
+        elif dist.get_rank() == 0:
             back_to = checkpoints.before(self.job.checkpoints, records.left_out(self.job.folder))
             batches = [guard.batch_of(back_to, self.windows), guard.batch_of(step, self.windows) + 1]
             event = {"step": step, "event": "skipped", "why": why, "back_to": back_to, "batches": batches}
@@ -374,8 +392,7 @@ class Trainer:
         assert self.job.held_out is not None
         self.watchdog.at(self.step - 1, "evaluation")
         if not self.held_out:
-            share = self.job.held_out.global_batch // self.job.held_out.workers
-            batches = iter(shard.iter_batches(batch_size=share, batch_format="numpy"))
+            batches = iter(shard.iter_batches(batch_size=self.job.held_out.share, batch_format="numpy"))
             self.held_out = [next_batch(batches, step) for step in range(self.job.held_out.last_step)]
         self.engine.eval()
         sums = (self.job.evaluation or self._mean_nats)(self.engine, [self._tensors(batch) for batch in self.held_out])
@@ -408,6 +425,11 @@ class Trainer:
         self.saver.begin(self.engine, self.step, facts)
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What a rank's generators begin a step with, so that dropout is the same after a restart. 64 bits."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
 def _nested(figures: dict[str, float]) -> dict[str, Any]:
     """Figures named KEY/NAME as {KEY: {NAME: figure}}."""
     found: dict[str, Any] = {}
@@ -415,6 +437,35 @@ def _nested(figures: dict[str, float]) -> dict[str, Any]:
         key, _, inner = name.partition("/")
         found.update({key: {**found.get(key, {}), inner: figure}} if inner else {key: figure})
     return found
+
+
+def _taken_over(job: Job, files: ExitStack) -> Origin:
+    """Choose on rank 0 where to go on and make the records ready for it, so that no earlier start's count. Collective.
+
+    All ranks take the checkpoint that rank 0 has found: looking for itself, one might find another, just published.
+    """
+    from ray.train.torch import get_device
+
+    if get_device().type == "cuda":
+        torch.cuda.set_device(get_device())  # for collectives; DeepSpeed sets it later
+    own = _chosen(job, files) if dist.get_rank() == 0 else None
+    begun = _shared(lambda: own and own.begun)
+    if own:
+        return own
+    return Origin(begun, begun.checkpoint and checkpoints.fetched(job.checkpoints / begun.checkpoint), lambda: None)
+
+
+def _chosen(job: Job, files: ExitStack) -> Origin:
+    saved = checkpoints.newest(job.checkpoints)
+    attempt = uuid.uuid4().hex[:8]
+    begun = checkpoints.Begun(attempt, saved.step, saved.path.name) if saved else checkpoints.Begun(attempt)
+    checkpoints.begin(job.checkpoints, begun)
+    checkpoints.set_aside_damaged(job.checkpoints, saved)
+    checkpoints.prune(job.checkpoints, job.settings.keep_checkpoints, job.settings.keep_best)
+    flush = files.enter_context(records.followed(job.folder, begun.step))
+    if saved:
+        records.append(job.folder / records.EVENTS, {"step": begun.step, "event": "restart"})
+    return Origin(begun, saved, flush)
 
 
 def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device]:
@@ -425,9 +476,6 @@ def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device
     torch.set_num_threads(settings.threads)
     zero.deepspeed().init_distributed()
     device = get_device()
-    model: Any = job.build(saved.model if saved else None).to(device)
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ds_settings = zero.zero_settings(
         stage=settings.zero_stage,
         micro_batch=settings.forward_rows,
@@ -436,14 +484,22 @@ def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device
         clip_norm=settings.clip_norm,
         offload=settings.offload,
     )
+    share = zero.sharer(ds_settings, settings.dtype) if settings.zero_stage == 3 else None
+    model: Any = job.build(saved.model if saved else None, share).to(device)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    group = settings.sequence_parallel
     engine = zero.initialise(
         model.bfloat16() if settings.dtype == "bf16" else model,
         ds_settings,
+        mpu=sequence.share_rows(model, group, settings.forward_rows) if group > 1 else None,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
+        optimizer=settings.optimizer,
     )
     if saved:
-        checkpoint.restore_state(saved, zero.fragments(engine, saved.step))
+        checkpoint.restore_state(saved, zero.fragments(engine))
+        zero.set_counters(engine, saved.counters)
     if settings.compile:
         engine.compile()
     return engine, device
@@ -456,10 +512,10 @@ def _shared(known: Callable[[], Any]) -> Any:
     return told[0]
 
 
-def _history(folder: Path) -> tuple[str, list[float], list[dict[str, Any]]]:
-    """A word for this start of the workers, the last losses, and what was left out."""
+def _history(folder: Path) -> tuple[list[float], list[dict[str, Any]]]:
+    """The last losses, and what was left out."""
     losses = [record["loss"] for record in records.read_lines(folder / "metrics.jsonl")[-guard.HISTORY :]]
-    return uuid.uuid4().hex[:8], losses, records.left_out(folder)
+    return losses, records.left_out(folder)
 
 
 def _watchdog(job: Job) -> Watchdog:

@@ -32,19 +32,26 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if "soak" not in item.keywords]
 
 
-ROWS: list[str] = []
+TABLES: dict[str, list[str]] = {}
+FAULTS = "stage, what was killed, what was made again, until it was further than before"
 
 
 @pytest.fixture
-def fault_table():
-    """Takes faults for the table that is printed when all tests have run."""
-    return lambda faults: ROWS.extend(fault.row() for fault in faults)
+def table():
+    """Takes a title and rows for a table that is printed when all tests have run."""
+    return lambda title, rows: TABLES.setdefault(title, []).extend(rows)
+
+
+@pytest.fixture
+def fault_table(table):
+    """Takes faults for such a table."""
+    return lambda faults: table(FAULTS, [fault.row() for fault in faults])
 
 
 def pytest_terminal_summary(terminalreporter):
-    if ROWS:
-        terminalreporter.section("stage, what was killed, what was made again, until it was further than before")
-        terminalreporter.write("\n".join(ROWS) + "\n")
+    for title, rows in TABLES.items():
+        terminalreporter.section(title)
+        terminalreporter.write("\n".join(rows) + "\n")
 
 
 @pytest.fixture(scope="session")

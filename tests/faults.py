@@ -21,6 +21,7 @@ ATTEMPTS = 6
 ATTEMPT_S = 600
 GIVEN_UP_S = 45
 GONE_S = 30
+SAVE_S = 5.0  # in which a save comes
 STEPS_PAST = 3  # steps behind the last checkpoint at the blow: something must be there to lose
 TRAINING = ("pretrain", "sft", "reward", "rlhf")
 
@@ -107,6 +108,21 @@ def storage_gone(nodes: Cluster) -> bool:
     return True
 
 
+def workers_in_a_save(folder: Path) -> Callable[[Cluster], bool]:
+    """Kills all training workers while a checkpoint in `folder` is but a temporary, which must be left behind."""
+
+    def worker_in_a_save(nodes: Cluster) -> bool:
+        found = [one for each in nodes.nodes for one in each.named("RayTrainWorker")]
+        deadline = time.monotonic() + SAVE_S
+        while found and time.monotonic() < deadline:
+            if any(folder.glob(".partial-step-*")):
+                kill_all(found)
+                return any(folder.glob(".partial-step-*"))
+        return False
+
+    return worker_in_a_save
+
+
 def _kill_one(nodes: Cluster, *names: str) -> bool:
     found = [one for each in nodes.nodes for name in names for one in each.named(name)]
     kill_all(found[:1])
@@ -124,6 +140,7 @@ class Fault:
 
     stage: str
     kill: Callable[[Cluster], bool]
+    when: Callable[[Path, Cluster], bool] | None = None  # the stage is ready for it; None: in the midst of its work
     struck: float = 0.0  # time.time()
     at: int = 0  # steps that the stage had recorded
     lost: int = 0  # of which were made again
@@ -136,7 +153,7 @@ class Fault:
 
     def strike(self, run: Path, nodes: Cluster) -> None:
         stage = run / self.stage
-        if self.struck or not at_work(stage, nodes):
+        if self.struck or not (self.when or at_work)(stage, nodes):
             return
         saved, (inode, steps), struck = saved_step(stage), steps_taken(stage, nodes), time.time()
         if self.kill(nodes):
@@ -171,6 +188,11 @@ def at_work(stage: Path, nodes: Cluster) -> bool:
     return True
 
 
+def past(step: int) -> Callable[[Path, Cluster], bool]:
+    """Whether the stage has recorded that many steps, and has some checkpoint to go back to."""
+    return lambda stage, nodes: saved_step(stage) > 0 and steps_taken(stage, nodes)[1] >= step
+
+
 def saved_step(stage: Path) -> int:
     """The step of the newest checkpoint, 0 if there is none."""
     folder = stage / "checkpoints"
@@ -194,7 +216,7 @@ def steps_taken(stage: Path, nodes: Cluster) -> tuple[int, int]:
 
 
 def drive(nodes: Cluster, root: Path, logs: Path, faults: list[Fault], *words: str) -> list[int]:
-    """Give the same `headwater submit micro WORDS` again until it succeeds, striking as the stages come; its codes."""
+    """Give the same `headwater submit micro WORDS` again until it succeeds, striking one after another; its codes."""
     codes: list[int] = []
     while (not codes or codes[-1] != 0) and len(codes) < ATTEMPTS:
         line = command("submit", "micro", "--cluster", nodes.address, "--runs", mirror.shown(root), *words)
@@ -208,9 +230,9 @@ def _until_ended(process: psutil.Popen, nodes: Cluster, run: Path, faults: list[
     deadline = time.monotonic() + ATTEMPT_S
     try:
         while process.poll() is None and time.monotonic() < deadline:
-            for fault in faults:
-                fault.strike(run, nodes)
-                fault.watch(run, nodes)
+            if due := next((fault for fault in faults if not fault.recovered_s), None):
+                due.strike(run, nodes)
+                due.watch(run, nodes)
             time.sleep(0.1)
         return process.wait(10)
     finally:
@@ -220,6 +242,11 @@ def _until_ended(process: psutil.Popen, nodes: Cluster, run: Path, faults: list[
 def fingerprints(run: Path, names: tuple[str, ...] = NAMES) -> dict[str, str]:
     """The content hash of what each stage left."""
     return {name: read_json(run / name / "done.json")["fingerprint"] for name in names}
+
+
+def same_ledger(one: Path, other: Path, stage: str = "pretrain") -> bool:
+    """Whether both took the same rows in every step."""
+    return records(one / stage / "ledger.jsonl") == records(other / stage / "ledger.jsonl")
 
 
 def before_the_stage(run: Path, stage: str, target: Path) -> None:

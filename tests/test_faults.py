@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +16,8 @@ from cluster import mirror
 from cluster.runs import runs_root
 from pipelines.stage import NAMES
 from tests import faults
-from tests.commands import headwater, losses
-from tests.faults import Fault, before_the_stage, drive, fingerprints
+from tests.commands import CHECKOUT, headwater, losses, wait_until
+from tests.faults import Fault, before_the_stage, drive, fingerprints, same_ledger
 from tests.nodes import bridge, cluster, redis_server
 from tests.s3 import BUCKET, storage
 
@@ -64,6 +69,41 @@ def assert_it_can_be_looked_at(root: str) -> None:
     assert "evaluate" in headwater("logs", f"{root}/micro").stdout, "what the last attempt printed"
     assert headwater("complete", "micro", "2 + 2", "--runs", root, "--max-new-tokens", "4").returncode == 0
     assert headwater("complete", f"{root}/micro/sft/model", "2 + 2", "--max-new-tokens", "4").returncode == 0
+
+
+@pytest.mark.slow
+def test_training_goes_on_without_a_lost_node_and_with_it_when_it_is_back(micro, before_pretrain, tmp_path):
+    """The same rows in every step, dealt out among two workers, one, and two again."""
+    log = before_pretrain / "pretrain/logs/rank-0.log"
+
+    def begun(workers: int) -> int:
+        return log.read_text().count(f"rank 0 of {workers} begins") if log.exists() else 0
+
+    with cluster() as nodes, slowed_job(nodes, tmp_path, "pretrain.min_workers=1", "pretrain.save_every=5") as job:
+        wait_until(lambda: len(losses(before_pretrain)) >= 8, "8 steps")
+        nodes.nodes.pop().kill()
+        wait_until(lambda: begun(1), "one worker by itself")
+        nodes.start_worker()
+        wait_until(lambda: begun(2) == 2, "two workers again")
+        assert job.wait(240) == 0, (tmp_path / "job.log").read_text()[-4000:]
+    assert same_ledger(micro, before_pretrain)
+    assert losses(before_pretrain) == pytest.approx(losses(micro), abs=1e-4)
+
+
+@contextmanager
+def slowed_job(nodes, root: Path, *words: str) -> Iterator[subprocess.Popen]:
+    """`headwater pretrain micro` as a Ray job, slow enough for nodes to come and go (`tests.pipelines.slowed`)."""
+    submit = ["-m", "ray.scripts.scripts", "job", "submit", "--address", nodes.address, "--working-dir", "."]
+    line = ["python", "-m", "tests.pipelines.slowed", "pretrain", "micro", "--runs", str(root), *words]
+    with open(root / "job.log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *submit, "--", *line], cwd=CHECKOUT, env=nodes.variables, stdout=log, stderr=log
+        )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.soak

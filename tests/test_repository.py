@@ -1,12 +1,15 @@
 """Rules of the repository itself."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.plan import GPUS
+from cluster.plan import GPUS, LOSS_PIECE
 from llm.flops import peak_flops
+from llm.losses import PIECE
 from pipelines.recipe import load_recipe, shipped
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -69,3 +72,21 @@ def test_a_gpu_is_as_fast_in_the_plan_as_in_the_mfu(name):
     """Two tables, since `cluster/` may not import `llm/`."""
     in_torch = {"H100": "NVIDIA H100 80GB HBM3"}.get(name, f"NVIDIA {name}")
     assert GPUS[name].flops == peak_flops(in_torch, "bf16")
+
+
+def test_data_stages_and_a_runs_tokenizer_need_no_torch(tmp_path):
+    """Its import is 190 MB of the driver's and of each task's memory, and seconds."""
+    script = (
+        "import sys; from pipelines.stage import load_stages; import pipelines.run;"
+        "load_stages(['ingest', 'tokenizer', 'shards']);"
+        "from llm.vocabulary import fingerprint, load_tokenizer, train_tokenizer;"
+        "made = train_tokenizer(['some text'], 300); made.save_pretrained(sys.argv[1]);"
+        "assert fingerprint(load_tokenizer(sys.argv[1])) == fingerprint(made);"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
+def test_the_plan_knows_the_piece_in_which_the_loss_is_made():
+    assert LOSS_PIECE == PIECE

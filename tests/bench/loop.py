@@ -2,7 +2,8 @@
 
     python -m tests.bench.loop ORDER   or   torchrun --nproc-per-node 2 loop.py ORDER
 
-ORDER   JSON, see `workload.Plan.order`; all batches lie in memory
+ORDER   JSON, see `workload.Plan.order`; all batches lie in memory. `rates`: the learning rate of each step, where it
+        changes; `keep`: a folder for the trained model
 prints  one line of JSON: `losses` and `seconds` of every step, `saves`: seconds of each save of model and optimizer
 """
 
@@ -38,12 +39,16 @@ def main(order: dict[str, Any]) -> None:
     losses, seconds, saves = [], [], []
     for step in range(order["steps"]):
         begun = time.perf_counter()
+        for group in optimizer.param_groups if "rates" in order else ():
+            group["lr"] = order["rates"][step]
         losses.append(train_step(trained, optimizer, batches[step], rank, world, order))
         seconds.append(time.perf_counter() - begun)
         if order["save_every"] and (step + 1) % order["save_every"] == 0:
             saves.append(_save(model, optimizer, Path(order["save_to"]), rank, world))
     told = {"losses": _summed(losses, world), "seconds": seconds, "saves": saves}
     if rank == 0:
+        if "keep" in order:
+            model.save_pretrained(order["keep"])
         print(json.dumps(told))
     if world > 1:
         dist.destroy_process_group()

@@ -17,7 +17,8 @@ from cluster.runs import Run
 from llm.shardfile import Shards
 from pipelines import documents
 from pipelines.recipe import Recipe, load_recipe
-from pipelines.run import STAGES, Journey, run_stage
+from pipelines.run import Journey, run_stage
+from pipelines.stage import load_stages
 from tests.bench.agreement import digest, text_digest
 from tests.bench.measure import FOLDER, Turn
 
@@ -66,7 +67,7 @@ def ingest(journey: Journey) -> Turn:
 
 def _run(journey: Journey, name: str) -> float:
     """Run one stage as if it had never been; the seconds that its done-marker gives."""
-    stage = next(stage for stage in STAGES if stage.name == name)
+    (stage,) = load_stages([name])
     folder = journey.run.stage(name)
     shutil.rmtree(folder.path, ignore_errors=True)
     run_stage(journey, stage)

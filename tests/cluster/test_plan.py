@@ -98,6 +98,16 @@ def test_state_is_that_of_the_zero_paper(stage, gigabytes):
     assert found.state + found.gradients - gathered == pytest.approx(gigabytes * 1e9, rel=0.02)
 
 
+def test_muon_keeps_one_momentum_for_the_layers_matrices():
+    # 4 bytes less for each of their parameters, on 64 ranks; the embedding and the head keep AdamW's two moments.
+    hidden = ZERO_7_5B.multiplied - ZERO_7_5B.vocab * ZERO_7_5B.hidden
+    adamw = plan.footprint(ZERO_7_5B, QUIET, 2, 64)
+    muon = plan.footprint(ZERO_7_5B, QUIET._replace(optimizer="muon"), 2, 64)
+    assert adamw.optimizer - muon.optimizer == pytest.approx(4 * hidden / 64)
+    offloaded = plan.footprint(ZERO_7_5B, QUIET._replace(optimizer="muon", offload="optimizer"), 2, 64)
+    assert offloaded.host == pytest.approx((16 * ZERO_7_5B.parameters - 4 * hidden) / 64)
+
+
 def test_activations_are_those_of_the_paper():
     # Korthikanti et al. 2022, arXiv 2205.05198, equation 1: sbh(34 + 5as/h) a layer; here without dropout's masks (2)
     # and the quadratic term. Section 5: 2sbhL and one layer when all is made anew.
@@ -114,6 +124,10 @@ def test_shared_keys_and_gated_blocks_by_hand():
     attention, block, norms = 2 * (100 + 200 + 40), 2 * (100 + 1200), 2 * 100 * 6
     assert plan.activation_bytes(model, load) == attention + block + norms
     assert plan.logit_bytes(model, load) == 50_257 * 10
+    # Of a piece bf16 logits, their fp32 copy and gradient; of the head (100 wide) the gradient in fp32 and bf16.
+    in_pieces = load._replace(loss_in_pieces=True)
+    assert plan.logit_bytes(model, in_pieces) == 50_257 * (1 * 8 + 100 * 6)
+    assert plan.logit_bytes(model, in_pieces._replace(sequence=4096)) == 50_257 * (256 * 8 + 100 * 6)
 
 
 def test_offload_moves_bytes_and_makes_none():

@@ -14,8 +14,7 @@ from cluster.errors import BadInput
 from cluster.manifests import COMPONENT, RECIPE, Need, Node, cluster_of, pods_for, pods_for_all
 from pipelines.__main__ import _parser, main
 from pipelines.recipe import load_recipe, shipped
-from pipelines.run import STAGES
-from pipelines.stage import NAMES
+from pipelines.stage import NAMES, load_stages
 from tests.k8s.manifests_of import EVERYTHING, GPU, KUSTOMIZED, RENDERED, documents_of, kinds, order_of
 from tests.k8s.policy import pods
 
@@ -38,7 +37,7 @@ def capacity(document) -> dict[str, float]:
 @pytest.mark.parametrize("source", EVERYTHING)
 def test_every_cluster_is_large_enough_for_its_stages(source):
     recipe, settings, *_ = RENDERED.get(source, ("tiny", ()))
-    demands = {stage.name: stage.demand(load_recipe(recipe, settings)) for stage in STAGES}
+    demands = {stage.name: stage.demand(load_recipe(recipe, settings)) for stage in load_stages()}
     documents = documents_of(source)
     for component, job in by_component(documents).items():
         for name in NAMES if component == "journey" else (component,):

@@ -115,3 +115,14 @@ def test_token_bytes_add_up_to_the_text(tokenizer):
 def test_missing_tokenizer_names_the_folder(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer\.json in"):
         load_tokenizer(tmp_path)
+
+
+def test_the_plain_class_loads_what_transformers_own_choice_does(tmp_path):
+    from transformers import AutoTokenizer
+
+    train_tokenizer(["some text, and more"], 300).save_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template == theirs.chat_template

@@ -16,10 +16,11 @@ from tests.nodes import free_port
 DEADLINE_S = 2.0
 
 
-def sign(rank: int, count: int, step: int, phase: str) -> Sign:
-    return Sign(rank, "node", 100 + rank, count, step, phase)
+def sign(rank: int, count: int, step: int, phase: str, part: int = 0) -> Sign:
+    return Sign(rank, "node", 100 + rank, count, step, part, phase)
 
 
+LATE = "didn't arrive, it is still in the"
 NETWORK = "what they wait for is the network between them, or storage"
 
 
@@ -28,12 +29,15 @@ NETWORK = "what they wait for is the network between them, or storage"
     [
         ([9, 9], ["7 backward", "7 data"], "1 didn't arrive, it is still waiting for the rows of step 7"),
         ([9, 9], ["8 data", "7 metrics"], "1 didn't arrive, it is still gathering the loss of step 7"),
+        ([9, 9], ["7 backward 2", "7 backward 1"], f"1 {LATE} backward pass of step 7, micro-batch 1"),
+        ([9, 9], ["7 backward 1", "7 forward 2"], f"0 {LATE} backward pass of step 7, micro-batch 1"),
+        ([9, 9], ["7 metrics", "7 optimizer 3"], f"1 {LATE} optimizer's step of step 7, micro-batch 3"),
         ([5, 9], ["7 forward", "7 backward"], "0 gives no sign of life, in the forward pass of step 7"),
         ([9, 9], ["7 backward", "7 backward"], f"all ranks are in the backward pass of step 7: {NETWORK}"),
     ],
 )  # fmt: skip
 def test_the_rank_that_is_furthest_back_is_named(counts, places, words):
-    at = [(int(step), phase) for step, phase in map(str.split, places)]
+    at = [(int(step), phase, int(part[0]) if part else 0) for step, phase, *part in map(str.split, places)]
     before = {rank: sign(rank, 5, *one) for rank, one in enumerate(at)}
     after = {rank: sign(rank, counts[rank], *one) for rank, one in enumerate(at)}
     told = missing(before, after, world=2).removeprefix("rank ")

@@ -12,12 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from llm import checkpoint as checkpoints
-from llm import zero
-from llm.losses import next_token_nats
+from llm import muon, parts, zero
+from llm.losses import following, next_token_nats
+from llm.output_head import rows_nats
 from llm.presets import PRESETS, build_model, llama_config
 
 STEPS, ROWS, TOKENS, VOCAB = 4, 4, 16, 40
-BETAS, DECAY, RATE = (0.9, 0.95), 0.1, 1e-2
+SEED, BETAS, DECAY, RATE = 3, (0.9, 0.95), 0.1, 1e-2
 
 
 class FakeTokenizer:
@@ -43,14 +44,21 @@ class Case:
     last: int = STEPS
     load: str | None = None
     save: str | None = None
+    optimizer: str = "adamw"
+    orthogonalised_in: str = "bf16"
+    clip_norm: float = 1.0
 
 
 def batch(step: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
 
 
+def config():
+    return llama_config(PRESETS["micro"], FakeTokenizer())
+
+
 def fresh_model():
-    return build_model(llama_config(PRESETS["micro"], FakeTokenizer()), seed=3)
+    return build_model(config(), SEED)
 
 
 def train(case: Case, folder: Path) -> list[float]:
@@ -88,23 +96,35 @@ def leave() -> None:
 
 
 def start(case: Case):
-    from transformers import LlamaForCausalLM
-
+    muon.PRECISION = zero.DTYPES[case.orthogonalised_in]
     saved = checkpoints.newest(Path(case.load)) if case.load else None
-    model = LlamaForCausalLM.from_pretrained(saved.model) if saved else fresh_model()
     settings = zero.zero_settings(
         stage=case.stage,
         micro_batch=case.micro_batch,
         accumulation=ROWS // case.ranks // case.micro_batch,
         dtype=case.dtype,
-        clip_norm=1.0,
+        clip_norm=case.clip_norm,
     )
+    model = model_in_parts(saved, settings, case.dtype) if case.stage == 3 else whole_model(saved)
     model = model.bfloat16() if case.dtype == "bf16" else model
-    engine = zero.initialise(model, settings, betas=BETAS, weight_decay=DECAY)
+    engine = zero.initialise(model, settings, betas=BETAS, weight_decay=DECAY, optimizer=case.optimizer)
     if saved:
-        checkpoints.restore_state(saved, zero.fragments(engine, saved.step))
+        checkpoints.restore_state(saved, zero.fragments(engine))
+        zero.set_counters(engine, saved.counters)
     zero.set_learning_rate(engine, RATE)
     return engine
+
+
+def whole_model(saved):
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(saved.model) if saved else fresh_model()
+
+
+def model_in_parts(saved, settings, dtype: str):
+    """As training builds it under ZeRO-3."""
+    share = zero.sharer(settings, dtype)
+    return parts.read_model(saved.model, share) if saved else parts.draw_model(config(), SEED, share)
 
 
 def step(engine, case: Case, number: int, rank: int) -> float:
@@ -112,7 +132,7 @@ def step(engine, case: Case, number: int, rank: int) -> float:
     scale = case.ranks * len(mine) / (ROWS * (TOKENS - 1))
     total = torch.zeros(1)
     for part in mine:
-        nats = next_token_nats(engine(input_ids=part, use_cache=False).logits, part)
+        nats = rows_nats(engine, part, following(part))
         engine.backward(nats * scale)
         engine.step()
         total += nats.detach()
@@ -127,10 +147,10 @@ def save(engine, case: Case, rank: int) -> None:
         case.last,
         rank=rank,
         world=case.ranks,
-        fragments=checkpoints.copies(zero.fragments(engine, case.last)),
+        fragments=checkpoints.copies(zero.fragments(engine)),
         save_model=lambda path: checkpoints.save_model(path, engine.module, weights, FakeTokenizer()),
         gather=lambda mine: everyones(mine, case.ranks),
-        facts={},
+        facts={"optimizer": zero.counters(engine)},
     )
 
 

@@ -1,6 +1,7 @@
 """The command's arguments, exit codes and messages, without Ray."""
 
 import json
+import logging
 
 import pytest
 
@@ -115,3 +116,16 @@ def test_every_verb_has_help(capsys):
             command.main(words)
         assert exit_.value.code == 0
     assert "default: 0.8" in capsys.readouterr().out
+
+
+def test_what_is_warned_of_is_shown_and_errors_are_told_once(monkeypatch, capsys):
+    def verb(chosen):
+        log = logging.getLogger("headwater")
+        log.warning("checkpoint %s is damaged", "[step-3]")
+        log.error("a traceback")
+        log.warning("checkpoint %s is damaged", "[step-3]")
+
+    monkeypatch.setattr(command, "show_report", verb)
+    assert command.main(["report", "x"]) == 0
+    assert capsys.readouterr().err == "warning: checkpoint [step-3] is damaged\n"
+    assert not logging.getLogger("headwater").handlers

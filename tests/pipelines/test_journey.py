@@ -17,6 +17,7 @@ from cluster.runs import remove
 from llm.order import batch_rows
 from pipelines.stage import NAMES
 from tests.commands import CHECKOUT, headwater, losses, records, started, training_workers, wait_until
+from tests.faults import same_ledger
 
 pytestmark = pytest.mark.slow
 
@@ -183,7 +184,11 @@ def test_a_kill_after_the_last_checkpoint_trains_no_more(micro, before_pretrain)
     shutil.copytree(micro / "pretrain", before_pretrain / "pretrain")
     for name in ("done.json", "model"):
         remove(before_pretrain / "pretrain" / name)
-    assert resume(before_pretrain, to="pretrain").returncode == 0
+    again = resume(before_pretrain, to="pretrain")
+    assert again.returncode == 0
+    said = " ".join(again.stderr.split())
+    assert "pretrain (cut off before, goes on)" in said
+    assert "pretrain: all 60 steps were taken before, none is taken now" in said
     assert losses(before_pretrain) == losses(micro)
     assert same_model(micro, before_pretrain)
 
@@ -201,16 +206,23 @@ def test_sigterm_saves_and_exits_with_5(micro, before_pretrain):
     assert losses(before_pretrain) == losses(micro)
 
 
-def test_one_worker_takes_the_same_batches_as_two(micro, before_pretrain):
-    one = resume(before_pretrain, "pretrain.workers=1", "pretrain.micro_batch=4", to="pretrain")
-    assert one.returncode == 0, one.stderr
+@pytest.mark.parametrize(
+    "stages",
+    [(1, 3, 1), *(pytest.param(one, marks=pytest.mark.soak) for one in [(1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 1, 3)])],
+)
+def test_the_same_command_goes_on_with_other_workers_and_another_zero_stage(micro, before_pretrain, stages):
+    """Two workers, one, and two again, stopped in between."""
+    for workers, stage, stopped_at in zip((2, 1, 2), stages, (5, 25, None), strict=True):
+        settings = (f"pretrain.workers={workers}", f"pretrain.zero_stage={stage}")
+        with started("pretrain", "micro", "--runs", str(before_pretrain.parent), *settings) as process:
+            if stopped_at:
+                wait_until(
+                    lambda count=stopped_at: len(losses(before_pretrain)) >= count, f"{stopped_at} steps", timeout=240
+                )
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(240) == (5 if stopped_at else 0)
     assert same_ledger(micro, before_pretrain)
     assert losses(before_pretrain) == pytest.approx(losses(micro), abs=1e-4)
-
-
-def same_ledger(one: Path, other: Path, stage: str = "pretrain") -> bool:
-    name = f"{stage}/ledger.jsonl"
-    return records(one / name) == records(other / name)
 
 
 def same_model(one: Path, other: Path, stage: str = "pretrain") -> bool:
@@ -374,6 +386,7 @@ def test_a_run_that_is_being_worked_on_is_left_alone(before_pretrain):
 def test_a_changed_setting_keeps_what_it_replaces(micro, before_pretrain):
     first = resume(before_pretrain, "tokenizer.vocab_size=600", to="tokenizer")
     assert first.returncode == 0, first.stderr
+    assert "tokenizer (changed: vocab_size)" in first.stderr
     assert len(list((before_pretrain / ".previous").glob("tokenizer-*"))) == 1
     back = resume(before_pretrain, to="tokenizer")
     assert back.returncode == 0, back.stderr

@@ -87,6 +87,25 @@ def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 # Rows
 
 
+@pytest.mark.parametrize(("workers", "group"), [(2, 2), (4, 2), (4, 4)])
+def test_workers_that_share_rows_have_their_tokens_between_them(folder, workers, group):
+    settings = SETTINGS.model_copy(update={"workers": workers, "sequence_parallel": group, "objective": "causal"})
+    shared = RowStream.of(folder / "train", 1, settings, seed=7)
+    blocks = [columns(shared.block((3, 5), worker)) for worker in range(workers)]
+    whole = columns(stream(folder, None).block((3, 5), 0))
+    rows = np.concatenate([block["row"].reshape(2, -1) for block in blocks[::group]], axis=1)
+    assert np.array_equal(rows.reshape(-1), whole["row"]), "each row once, in the same order"
+    for first in range(0, workers, group):
+        of_group = blocks[first : first + group]
+        assert all(np.array_equal(block["row"], of_group[0]["row"]) for block in of_group)
+        place = [np.flatnonzero(whole["row"] == row)[0] for row in of_group[0]["row"]]
+        ids = np.concatenate([block["input_ids"] for block in of_group], axis=1)
+        targets = np.concatenate([block["targets"] for block in of_group], axis=1)
+        assert np.array_equal(ids, whole["input_ids"][place])
+        assert np.array_equal(targets[:, :-1], whole["labels"][place][:, 1:])
+        assert np.array_equal(of_group[0]["batch_targets"], whole["batch_targets"][place])
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_global_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder, share):
     whole = batches(stream(folder, masking(folder, share)), 0, 8)
@@ -97,6 +116,27 @@ def test_global_batches_are_the_same_for_any_number_of_workers_and_from_any_step
     assert all((entered[name] == whole[5][name]).all() for name in entered)
     spans = columns(stream(folder, masking(folder, share)).block((0, 8), 0))
     assert (spans["labels"] == np.concatenate([one["labels"] for one in whole])).all()
+
+
+@pytest.mark.parametrize("workers", [3, 5, 6])
+def test_a_batch_that_does_not_divide_by_the_workers_is_filled_up_with_empty_rows(folder, workers):
+    one = stream(folder, masking(folder, 0.5))
+    dealt = one.among(SETTINGS.among(workers))
+    for whole, other in zip(batches(one, 0, 8), batches(dealt, 0, 8), strict=True):
+        real = len(whole["row"])
+        assert all((whole[name] == other[name][:real]).all() for name in whole)
+        assert (other["row"][real:] < 0).all()
+        assert (other["labels"][real:] == IGNORED).all()
+        assert len(other["row"]) == workers * dealt.share > real
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_held_out_rows_are_the_same_for_any_number_of_workers(folder, workers):
+    one = held_out(folder, None)
+    dealt = one.among(SETTINGS.among(workers))
+    rows = [np.concatenate([batch["row"] for batch in batches(each)]) for each in (one, dealt)]
+    assert rows[0][rows[0] >= 0].tolist() == rows[1][rows[1] >= 0].tolist()
+    assert one.targets() == dealt.targets()
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

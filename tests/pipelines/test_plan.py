@@ -74,6 +74,23 @@ def test_the_numbers_of_a_plan_by_hand():
     assert found["serving"]["batch"] == load_recipe("micro").serve.slots
 
 
+def test_ranks_that_share_rows_hold_a_part_of_the_activations():
+    whole = plan.answer(load_recipe("7b-64gpu"), Options())
+    shared = plan.answer(load_recipe("7b-64gpu", ("pretrain.sequence_parallel=4",)), Options())
+    assert shared["memory"][3]["activations"] == pytest.approx(whole["memory"][3]["activations"] / 4)
+    assert shared["memory"][3]["weights"] == whole["memory"][3]["weights"]
+    assert shared["training"] == whole["training"]
+
+
+def test_a_rank_starts_with_its_share_of_a_large_model_and_the_largest_module():
+    found = plan.answer(load_recipe("70b-512gpu"), Options())
+    shape, vocabulary = PRESETS["70b"], load_recipe("70b-512gpu").tokenizer.vocab_size
+    share = 2 * shape.parameters(vocabulary) / 512
+    assert found["start"] == {"bytes": pytest.approx(share + 6 * vocabulary * shape.hidden), "fits": True}
+    whole = plan.answer(load_recipe("70b-512gpu", ("pretrain.zero_stage=2",)), Options())
+    assert whole["start"] == {"bytes": pytest.approx(4 * shape.parameters(vocabulary)), "fits": False}
+
+
 def test_a_decoder_that_is_no_llama_is_read_rightly():
     recipe = load_recipe("micro", ("model={config: {model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 4}}",))
     found = plan.decoder_of(recipe.model.shape.config(Ids(512)))

@@ -5,7 +5,9 @@ import yaml
 
 from cluster.errors import BadInput
 from pipelines.recipe import RECIPES, load_recipe
-from pipelines.run import STAGES
+from pipelines.schema import ModelSettings
+from pipelines.stage import load_stages
+from pipelines.training import sequence_problems
 
 
 def refused(*overrides: str) -> str:
@@ -27,7 +29,11 @@ def refused(*overrides: str) -> str:
         ("model.preset=huge", "unknown preset, known are micro, tiny"),
         ("tokenizer.vocab_size=100", "greater than or equal to 282, got 100"),
         ("pretrain.workers=3", "global_batch must be a multiple of workers: 8 rows over 3 workers"),
+        ("pretrain.min_workers=3", "min_workers must be at most workers: 3 of 2"),
+        ("sft.min_workers=1", "unknown setting 'sft.min_workers'"),
         ("pretrain.micro_batch=3", "a worker's 4 rows must be a multiple of micro_batch, which is 3"),
+        ("pretrain.sequence_parallel=2", "sequence_parallel=2 needs GPUs: set gpus_per_worker"),
+        ("pretrain.sequence_parallel=3", "workers must be a multiple of sequence_parallel: 2 in groups of 3"),
         ("pretrain.warmup_steps=60", "warmup_steps must be below steps: 60 of 60"),
         ("shards.sequence_length=300", "longer than the context of preset 'micro' (256 tokens)"),
         ("held_out=0.9", "less than or equal to 0.5, got 0.9"),
@@ -40,6 +46,28 @@ def refused(*overrides: str) -> str:
 )
 def test_a_bad_setting_is_named(override, said):
     assert said in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("pretrain.objective=masked",), "sequence_parallel must be 1 with objective=masked, got 2"),
+        (("reward.workers=2", "reward.gpus_per_worker=1", "reward.sequence_parallel=2"), "1 with the reward model"),
+        (("rlhf.workers=2", "rlhf.gpus_per_worker=1", "rlhf.sequence_parallel=2"), "1 with the policy"),
+        (("pretrain.workers=6",), "global_batch must be a multiple of workers: 8 rows over 3 groups of 2 workers"),
+    ],
+)
+def test_rows_that_must_be_whole_are_not_shared(overrides, said):
+    assert said in refused("pretrain.gpus_per_worker=1", "pretrain.sequence_parallel=2", *overrides)
+
+
+def test_rows_shared_by_workers_are_dealt_out_in_fewer_shares():
+    recipe = load_recipe("micro", ("pretrain.gpus_per_worker=1", "pretrain.sequence_parallel=2"))
+    assert (recipe.pretrain.workers, recipe.pretrain.shares, recipe.pretrain.rows_per_worker) == (2, 1, 8)
+    assert recipe.pretrain.identity() == load_recipe("micro").pretrain.identity()
+    assert sequence_problems(recipe, "pretrain") == []
+    (problem,) = sequence_problems(recipe.model_copy(update={"model": ModelSettings(preset="360m")}), "pretrain")
+    assert "pretrain.sequence_parallel is 2: 15 heads are no multiple of it" in str(problem.what)
 
 
 def test_all_problems_are_told_at_once():
@@ -108,7 +136,7 @@ def test_the_resolved_recipe_loads_as_the_same_recipe(tmp_path):
 )
 def test_settings_belong_to_the_identity_of_their_stages_alone(override, stages):
     before, after = load_recipe("micro"), load_recipe("micro", (override,))
-    assert {stage.name for stage in STAGES if stage.identity(before) != stage.identity(after)} == stages
+    assert {stage.name for stage in load_stages() if stage.identity(before) != stage.identity(after)} == stages
 
 
 def test_a_users_folder_replaces_the_sources():

@@ -53,11 +53,13 @@ def test_bad_batches_are_left_out_and_told_and_every_other_row_is_taken_once(mic
     assert losses(before_pretrain)[-1] < losses(micro)[0] - 1, "it goes on learning"
 
 
-def test_it_gives_up_after_so_many_windows_and_says_where_to_look(before_pretrain):
-    ended = poisoned(before_pretrain, "pretrain.max_skips=0", "pretrain.max_failures=0")
+def test_it_gives_up_after_so_many_windows_at_once_and_says_where_to_look(before_pretrain):
+    ended = poisoned(before_pretrain, "pretrain.max_skips=0")
     assert ended.returncode == 4
     said = " ".join(ended.stderr.split())
     assert f"step {BAD}: the loss is nan; bad batches were left out 0 times (max_skips)" in said
+    log = (before_pretrain / "pretrain/logs/rank-0.log").read_text()
+    assert log.count("begins at step") == 1, "starting the workers again would come to the same"
 
 
 def test_a_rank_that_stands_still_is_named_and_costs_no_step(micro, before_pretrain):
