@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -104,7 +105,7 @@ class _Shown(logging.Handler):
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
     log = logging.getLogger("headwater")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -113,6 +114,18 @@ def _logged(path: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Loses what a full disk can't take: the error that ends the work is the one to tell, not one of the log's."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # closing tries once more to write what is left
+            super().close()
 
 
 @contextmanager
@@ -146,6 +159,7 @@ def _copied(path: Path) -> Iterator[None]:
 def _copy(source: int, targets: list[int]) -> None:
     while chunk := os.read(source, 1 << 16):
         for target in targets:
-            os.write(target, chunk)
+            with suppress(OSError):  # a full disk, or a terminal that has gone: the other still gets it
+                os.write(target, chunk)
     for done in (source, *targets):
         os.close(done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HeadwaterError as error:
         _complain(error)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(StageFailed(Problem(f"the disk is full: {error}", "free space there; the same command goes on")))
+        return StageFailed.exit_code
     except KeyboardInterrupt:
         _complain(Stopped("stopped"))
         return Stopped.exit_code

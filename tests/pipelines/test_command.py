@@ -1,7 +1,9 @@
 """The command's arguments, exit codes and messages, without Ray."""
 
+import errno
 import json
 import logging
+import os
 
 import pytest
 
@@ -94,7 +96,12 @@ def test_storage_of_another_kind_is_refused_rather_than_taken_for_a_folder(words
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(StageFailed(Problem("what", "do this")), 4), (Stopped("asked to"), 5), (KeyboardInterrupt(), 5)],
+    [
+        (StageFailed(Problem("what", "do this")), 4),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 4),
+        (Stopped("asked to"), 5),
+        (KeyboardInterrupt(), 5),
+    ],
 )
 def test_exit_codes(monkeypatch, capsys, error, code):
     def fail(chosen):
