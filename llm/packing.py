@@ -205,6 +205,19 @@ class RowReader:
         batch["position_ids"][place, at:] = np.arange(self.index.row_tokens - at)
 
 
+def split_rows(columns: dict[str, np.ndarray], part: int, parts: int) -> dict[str, np.ndarray]:
+    """A rank's part of the columns of rows, each (R, T) to (R, T / parts).
+
+    `labels` become `targets`, moved by one before the cut: targets[:, t] is what the model is to say at t, so that the
+    token after a part's last is asked for too.
+    """
+    columns = dict(columns)
+    if (labels := columns.pop("labels", None)) is not None:
+        after = np.full_like(labels[:, :1], IGNORED)
+        columns["targets"] = np.concatenate([labels[:, 1:], after], axis=1)
+    return {name: np.split(values, parts, axis=1)[part] for name, values in columns.items()}
+
+
 # Packing. Pieces are an array (2, pieces): the place of the first token in all documents laid end to end, and the
 # tokens.
 

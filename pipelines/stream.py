@@ -31,8 +31,7 @@ from ray.train import DataConfig
 from cluster import mirror
 from llm.masking import Kind, Masking, Plan, empty, joined, load_masker, mask_rows
 from llm.order import Mixture, batch_rows, spread
-from llm.packing import RowReader
-from llm.sequence import split_rows
+from llm.packing import RowReader, split_rows
 from pipelines.schema import TrainingSettings
 
 REST_S = 0.05

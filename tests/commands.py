@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in left_out}
 
 
-def headwater(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def headwater(*words: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     """Run `headwater WORDS` to its end."""
     return subprocess.run(
         command(*words), cwd=CHECKOUT, env=environment(), capture_output=True, text=True, timeout=timeout
@@ -80,7 +80,7 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout: float = 120) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout: float = 300) -> Any:
     """What `condition` returns once it is true; fails with `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):

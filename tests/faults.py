@@ -18,7 +18,7 @@ from tests.commands import CHECKOUT, command, records
 from tests.nodes import Cluster, kill_all, title
 
 ATTEMPTS = 6
-ATTEMPT_S = 600
+ATTEMPT_S = 1200
 GIVEN_UP_S = 45
 GONE_S = 30
 SAVE_S = 5.0  # in which a save comes

@@ -21,7 +21,7 @@ def test_a_disk_that_fills_up_or_becomes_read_only_is_named_and_costs_nothing(mi
         with started(*words, "pretrain.max_failures=0") as process:  # trying again would not make room
             wait_until(lambda: len(records(steps)) >= 20, "20 steps")
             filler = fill(disk)
-            code, said = process.wait(120), process.stdout.read()
+            code, said = process.wait(300), process.stdout.read()
             assert code == 4, said
         assert "No space left on device" in said
         assert "free disk space where the run lies" in said

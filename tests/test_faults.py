@@ -25,7 +25,7 @@ SOAK_KINDS = (faults.node, faults.driver, faults.head)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_the_journey_survives_the_loss_of_every_part(micro, tmp_path, fault_table, monkeypatch):
     """In object storage, on nodes each of which has an address, and a disk for its copy of the run, of its own."""
     blows = [

@@ -88,5 +88,12 @@ def test_data_stages_and_a_runs_tokenizer_need_no_torch(tmp_path):
     assert done.stdout == "False\n", done.stdout + done.stderr
 
 
+def test_what_deals_out_rows_needs_no_torch():
+    """It is loaded by Ray Data's tasks and by two of Ray Train's processes at each start of a training stage."""
+    script = "import sys; import pipelines.stream; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
 def test_the_plan_knows_the_piece_in_which_the_loss_is_made():
     assert LOSS_PIECE == PIECE

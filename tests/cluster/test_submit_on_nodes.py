@@ -28,7 +28,7 @@ def on(nodes: Cluster, root: Path, verb: str, *words: str, token: str | None = N
     """`headwater VERB micro WORDS` against the cluster and the root."""
     line = command(verb, "micro", "--cluster", nodes.address, "--runs", str(root), *words)
     variables = nodes.variables | ({"RAY_AUTH_TOKEN": token} if token else {})
-    return subprocess.run(line, cwd=CHECKOUT, env=variables, capture_output=True, text=True, timeout=280)
+    return subprocess.run(line, cwd=CHECKOUT, env=variables, capture_output=True, text=True, timeout=1200)
 
 
 def attempts(nodes: Cluster, root: Path) -> list[dict]:
@@ -97,7 +97,7 @@ def test_plain_ray_job_submit_works_too(nodes, tmp_path):
     line = ["python", "-m", "pipelines", "run", "micro", "--to", "tokenizer", "--runs", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", *words, *line],
-        cwd=CHECKOUT, env=nodes.variables, capture_output=True, text=True, timeout=280,
+        cwd=CHECKOUT, env=nodes.variables, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "micro" / "tokenizer" / "done.json").exists()
@@ -105,7 +105,7 @@ def test_plain_ray_job_submit_works_too(nodes, tmp_path):
 
 def test_the_doctor_examines_every_node(nodes, tmp_path):
     line = command("doctor", "--cluster", nodes.address, "--runs", str(tmp_path), "--json")
-    done = subprocess.run(line, cwd=CHECKOUT, env=nodes.variables, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(line, cwd=CHECKOUT, env=nodes.variables, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     states = {one["what"]: one["state"] for one in json.loads(done.stdout[done.stdout.index("[\n") :])}
     assert [states[what] for what in ("versions", "clocks", "run root", "shared run root")] == ["ok"] * 4

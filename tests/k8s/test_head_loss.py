@@ -52,7 +52,6 @@ def replicas(nodes: Cluster) -> set[psutil.Process]:
     return {one for one in nodes.processes() if "ServeReplica" in title(one)}
 
 
-@pytest.mark.timeout(600)
 def test_a_service_answers_while_its_head_is_replaced(tmp_path):
     model, port = save_tiny_model(tmp_path / "model"), free_port()
     with redis_server(tmp_path) as redis, bridge() as network, cluster(1, 1, network, redis=redis) as nodes:

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from llm import sequence, zero
 from llm.losses import next_token_nats, target_nats
-from llm.packing import IGNORED
+from llm.packing import IGNORED, split_rows
 from llm.presets import PRESETS, build_model, llama_config
 from tests.llm.test_zero import FakeTokenizer, leave
 
@@ -41,7 +41,7 @@ def model():
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_parts_hold_each_token_and_target_once(parts):
     whole = rows()
-    cut = [sequence.split_rows(whole, part, parts) for part in range(parts)]
+    cut = [split_rows(whole, part, parts) for part in range(parts)]
     for name in ("input_ids", "position_ids"):
         assert np.array_equal(np.concatenate([one[name] for one in cut], axis=1), whole[name])
     targets = np.concatenate([one["targets"] for one in cut], axis=1)
@@ -53,7 +53,7 @@ def test_parts_hold_each_token_and_target_once(parts):
 def test_losses_of_the_parts_are_the_rows(parts):
     whole = rows()
     logits = torch.randn(ROWS, TOKENS, VOCAB, generator=torch.Generator().manual_seed(0))
-    cut = [tensors(sequence.split_rows(whole, part, parts))["targets"] for part in range(parts)]
+    cut = [tensors(split_rows(whole, part, parts))["targets"] for part in range(parts)]
     found = sum(target_nats(*pair) for pair in zip(logits.chunk(parts, dim=1), cut, strict=True))
     assert found.item() == pytest.approx(next_token_nats(logits, tensors(whole)["labels"]).item(), rel=1e-6)
 
@@ -100,7 +100,7 @@ def rank_main(rank: int, case: Case, folder: str) -> None:
     shares = case.ranks // case.group
     mine, part = divmod(rank, case.group)
     own = {name: np.array_split(values, shares)[mine] for name, values in rows().items()}
-    losses = train(case, tensors(sequence.split_rows(own, part, case.group)), shares)
+    losses = train(case, tensors(split_rows(own, part, case.group)), shares)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(losses))
     leave()
