@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from llm import parts, zero
 from llm.presets import PRESETS, build_model, llama_config
+from tests.llm.ranks import on_ranks
 from tests.llm.test_zero import FakeTokenizer, leave
 
 SEED = 7
@@ -180,11 +180,11 @@ def test_zero_3_draws_writes_and_reads_what_one_rank_builds_whole(ranks, dtype, 
     from transformers import AutoModelForCausalLM
 
     first = Part(ranks, dtype, tied, None, str(tmp_path / "drawn"))
-    mp.spawn(rank_main, args=(first,), nprocs=ranks)
+    on_ranks(rank_main, (first,), ranks)
     index = json.loads((tmp_path / "drawn" / parts.INDEX).read_text())
     assert len(set(index["weight_map"].values())) > 3
     second = Part(3 - ranks, dtype, tied, first.save, str(tmp_path / "read"))
-    mp.spawn(rank_main, args=(second,), nprocs=second.ranks)
+    on_ranks(rank_main, (second,), second.ranks)
     model = expected(first)
     for name in ("drawn", "drawn.whole", "read", "read.whole"):
         found = AutoModelForCausalLM.from_pretrained(tmp_path / name)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from llm import sequence, zero
 from llm.losses import next_token_nats, target_nats
 from llm.packing import IGNORED, split_rows
 from llm.presets import PRESETS, build_model, llama_config
+from tests.llm.ranks import on_ranks
 from tests.llm.test_zero import FakeTokenizer, leave
 
 TOKENS, ROWS, VOCAB = 16, 4, 40
@@ -154,5 +154,5 @@ def reference() -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(2, 2, 2, 2), Case(2, 2, 3, 4), Case(4, 2, 1, 2)], ids=str)
 def test_training_on_shared_rows_equals_whole_rows(case, tmp_path):
-    mp.spawn(rank_main, args=(case, str(tmp_path)), nprocs=case.ranks)
+    on_ranks(rank_main, (case, str(tmp_path)), case.ranks)
     assert json.loads((tmp_path / "found.json").read_text()) == pytest.approx(reference(), abs=2e-5)

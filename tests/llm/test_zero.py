@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from llm import checkpoint as checkpoints
 from llm import muon, parts, zero
 from llm.losses import following, next_token_nats
 from llm.output_head import rows_nats
 from llm.presets import PRESETS, build_model, llama_config
+from tests.llm.ranks import on_ranks
 
 STEPS, ROWS, TOKENS, VOCAB = 4, 4, 16, 40
 SEED, BETAS, DECAY, RATE = 3, (0.9, 0.95), 0.1, 1e-2
@@ -64,7 +64,7 @@ def fresh_model():
 def train(case: Case, folder: Path) -> list[float]:
     """The losses of `case`, trained by as many processes as it has ranks."""
     folder.mkdir(exist_ok=True)
-    mp.spawn(rank_main, args=(case, str(folder)), nprocs=case.ranks)
+    on_ranks(rank_main, (case, str(folder)), case.ranks)
     return json.loads((folder / "losses.json").read_text())
 
 
