@@ -103,6 +103,13 @@ def test_dropout_is_the_same_after_a_kill(micro, tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("setting", ["activation_checkpointing", "compile"])
+def test_settings_that_only_save_memory_or_time_leave_the_losses_as_they_are(micro, before_pretrain, setting):
+    done = headwater("pretrain", "micro", "--runs", str(before_pretrain.parent), f"pretrain.{setting}=true")
+    assert done.returncode == 0, done.stderr
+    assert losses(before_pretrain) == pytest.approx(losses(micro), abs=1e-4)
+
+
 # For long
 
 STEPS, EARLY, LATE = 10_000, 2_000, 9_700
