@@ -120,7 +120,7 @@ class Footprint(NamedTuple):
     logits: float  # with the loss's fp32 copies
     reduction: float  # beside the gradients, while the ranks' are added up
     update: float  # gradients and their fp32 copy, in the optimizer's step
-    host: float  # what was offloaded
+    host: float  # what was offloaded, to the machine's memory or its disk
 
     @property
     def state(self) -> float:

@@ -66,12 +66,16 @@ def zero_settings(
     dtype: str,
     clip_norm: float,
     offload: str = "none",
+    offload_to: str = "cpu",
 ) -> dict[str, Any]:
     """DeepSpeed's configuration. `micro_batch` is rows a forward pass, `accumulation` forward passes a step.
 
     offload: "none", "optimizer" (its state) or "all" (ZeRO-3's weights too), to the machine's memory.
+    offload_to: "cpu", or a folder of this rank's own on an NVMe disk, to which ZeRO-3's optimizer state goes instead.
     """
-    target = {"device": "cpu", "pin_memory": True}
+    memory = {"device": "cpu", "pin_memory": True}
+    disk = {"device": "nvme", "pin_memory": True, "nvme_path": offload_to}
+    places = {"optimizer": memory if offload_to == "cpu" else disk, "param": memory}
     offloaded = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[offload]
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -84,7 +88,7 @@ def zero_settings(
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             "stage3_gather_16bit_weights_on_model_save": True,
-            **{f"offload_{what}": target for what in offloaded},
+            **{f"offload_{what}": places[what] for what in offloaded},
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, which needs no compiler, on a CPU too
@@ -164,7 +168,10 @@ def averaged_over(engine) -> int:
 
 
 def fragments(engine) -> Iterator[Fragment]:
-    """This rank's pieces of the fp32 state; moments are made (zero) where no step has been taken yet."""
+    """This rank's pieces of the fp32 state; moments are made (zero) where no step has been taken yet.
+
+    Each is to be read or filled before the next is asked for: what is offloaded to a disk is in memory no longer.
+    """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     for flat, muon, places in _shares(engine):
         tensors = {"weight": flat.data, **_moments(engine.optimizer.optimizer, flat, muon)}
@@ -207,7 +214,23 @@ def _shares(engine) -> Iterator[tuple[torch.Tensor, bool, list[Place]]]:
         flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
         of_group, places = range(len(groups)), _places_stage12
     for number, (flat, parameters) in enumerate(zip(flats, groups, strict=True)):
-        yield flat, optimizer.optimizer.param_groups[of_group[number]]["muon"], list(places(parameters))
+        muon = optimizer.optimizer.param_groups[of_group[number]]["muon"]
+        with _in_memory(engine, number):
+            yield flat, muon, list(places(parameters))
+
+
+@contextmanager
+def _in_memory(engine, number: int) -> Iterator[None]:
+    """A share whose state lies on a disk is read for as long as the block lasts, and then written back."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() < 3 or not optimizer._swappable_optimizer_subgroup(number):
+        yield
+        return
+    optimizer._optimizer_states_and_gradient_swap_in(number)
+    try:
+        yield
+    finally:
+        optimizer._optimizer_states_and_gradient_swap_out(number)
 
 
 def _places_stage12(parameters: list[nn.Parameter]) -> Iterator[Place]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
@@ -351,6 +352,11 @@ class TrainingSettings(Settings):
         "what of the training state leaves the GPU for the machine's memory: the optimizer's, or with ZeRO-3 also the "
         "weights",
     )
+    offload_to: str = placement(
+        "cpu",
+        "where the optimizer's offloaded state goes: 'cpu', the machine's memory, or with ZeRO-3 and AdamW a folder on "
+        "an NVMe disk of each worker's machine",
+    )
     activation_checkpointing: bool = placement(
         False, "compute activations again in the backward pass instead of keeping them"
     )
@@ -402,6 +408,18 @@ class TrainingSettings(Settings):
     def _offload_fits(self) -> TrainingSettings:
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload=all needs zero_stage 3, got {self.zero_stage}")
+        return self
+
+    @model_validator(mode="after")
+    def _disk_fits(self) -> TrainingSettings:
+        if self.offload_to == "cpu":
+            return self
+        if not os.path.isabs(self.offload_to):
+            raise ValueError(f"offload_to must be 'cpu' or an absolute path, got {self.offload_to!r}")
+        needs = {"offload=optimizer or all": self.offload != "none", "zero_stage=3": self.zero_stage == 3}
+        needs["optimizer=adamw"] = self.optimizer == "adamw"
+        for need in (need for need, met in needs.items() if not met):
+            raise ValueError(f"offload_to={self.offload_to} needs {need}")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -31,7 +32,7 @@ import torch.distributed as dist
 
 from cluster import mirror
 from cluster.progress import log_to
-from cluster.runs import stop_is_asked
+from cluster.runs import canonical_hash, stop_is_asked
 from llm import checkpoint, clocks, flops, guard, sequence, zero
 from llm.checkpoint import Checkpoint
 from llm.parts import Share
@@ -208,7 +209,7 @@ class Trainer:
         `files` ends what follows the steps.
         """
         step, keep = origin.begun.step, (job.settings.keep_checkpoints, job.settings.keep_best)
-        engine, device = _start_engine(job, origin.saved)
+        engine, device = _start_engine(job, origin.saved, _offload_to(job, files))
         losses, left_out = _shared(lambda: _history(job.folder))
         tokenizer = load_tokenizer(mirror.here(job.tokenizer))
         store = checkpoints.store(job.checkpoints, origin.begun.attempt, origin.flush)
@@ -468,7 +469,17 @@ def _chosen(job: Job, files: ExitStack) -> Origin:
     return Origin(begun, saved, flush)
 
 
-def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device]:
+def _offload_to(job: Job, files: ExitStack) -> str:
+    """Where this rank's offloaded state goes: "cpu", or a folder of its own, which is removed with `files`."""
+    if job.settings.offload_to == "cpu":
+        return "cpu"
+    stage = canonical_hash(str(job.folder))[:12]  # a killed rank's folder is taken over by the next of its number
+    folder = Path(job.settings.offload_to, f"headwater-{stage}", f"rank-{dist.get_rank()}")
+    files.callback(shutil.rmtree, folder, ignore_errors=True)
+    return str(folder)
+
+
+def _start_engine(job: Job, saved: Checkpoint | None, offload_to: str) -> tuple[Any, torch.device]:
     """The DeepSpeed engine, with `saved`'s weights and optimizer state if there is a checkpoint."""
     from ray.train.torch import get_device
 
@@ -483,6 +494,7 @@ def _start_engine(job: Job, saved: Checkpoint | None) -> tuple[Any, torch.device
         dtype=settings.dtype,
         clip_norm=settings.clip_norm,
         offload=settings.offload,
+        offload_to=offload_to,
     )
     share = zero.sharer(ds_settings, settings.dtype) if settings.zero_stage == 3 else None
     model: Any = job.build(saved.model if saved else None, share).to(device)

@@ -114,8 +114,8 @@ def test_every_python_package_is_one_of_the_projects():
 def test_every_debian_package_is_expected():
     """By name; and in Debian's own list where this machine has it."""
     named = {word for words in arguments_of("apt-get", "install") for word in words if not word.startswith(("-", "/"))}
-    expected = {"bash", "ca-certificates", "wget", f"python{PYTHON}", f"python{PYTHON}-venv", f"python{PYTHON}-dev"}
-    assert named == expected
+    python = {f"python{PYTHON}", f"python{PYTHON}-venv", f"python{PYTHON}-dev"}
+    assert named == {"bash", "ca-certificates", "wget", "libaio1", "libaio-dev", *python}
     listed = set(subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True).stdout.split())
     assert len(listed) < 10_000 or named <= listed
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,18 +48,21 @@ class Case:
     optimizer: str = "adamw"
     orthogonalised_in: str = "bf16"
     clip_norm: float = 1.0
+    preset: str = "micro"
+    offload: str = "none"
+    offload_to: str = "cpu"
 
 
 def batch(step: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
 
 
-def config():
-    return llama_config(PRESETS["micro"], FakeTokenizer())
+def config(preset: str = "micro"):
+    return llama_config(PRESETS[preset], FakeTokenizer())
 
 
-def fresh_model():
-    return build_model(config(), SEED)
+def fresh_model(preset: str = "micro"):
+    return build_model(config(preset), SEED)
 
 
 def train(case: Case, folder: Path) -> list[float]:
@@ -104,8 +108,10 @@ def start(case: Case):
         accumulation=ROWS // case.ranks // case.micro_batch,
         dtype=case.dtype,
         clip_norm=case.clip_norm,
+        offload=case.offload,
+        offload_to=case.offload_to if case.offload_to == "cpu" else f"{case.offload_to}/rank-{dist.get_rank()}",
     )
-    model = model_in_parts(saved, settings, case.dtype) if case.stage == 3 else whole_model(saved)
+    model = model_in_parts(case, saved, settings) if case.stage == 3 else whole_model(case, saved)
     model = model.bfloat16() if case.dtype == "bf16" else model
     engine = zero.initialise(model, settings, betas=BETAS, weight_decay=DECAY, optimizer=case.optimizer)
     if saved:
@@ -115,16 +121,16 @@ def start(case: Case):
     return engine
 
 
-def whole_model(saved):
+def whole_model(case: Case, saved):
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(saved.model) if saved else fresh_model()
+    return LlamaForCausalLM.from_pretrained(saved.model) if saved else fresh_model(case.preset)
 
 
-def model_in_parts(saved, settings, dtype: str):
+def model_in_parts(case: Case, saved, settings):
     """As training builds it under ZeRO-3."""
-    share = zero.sharer(settings, dtype)
-    return parts.read_model(saved.model, share) if saved else parts.draw_model(config(), SEED, share)
+    share = zero.sharer(settings, case.dtype)
+    return parts.read_model(saved.model, share) if saved else parts.draw_model(config(case.preset), SEED, share)
 
 
 def step(engine, case: Case, number: int, rank: int) -> float:
@@ -182,6 +188,28 @@ def reference() -> list[float]:
 )
 def test_training_equals_torchs_adamw_on_the_whole_batch(case, tmp_path):
     assert train(case, tmp_path / "run") == pytest.approx(reference(), abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer"), (3, "all")])
+def test_what_is_offloaded_to_memory_is_trained_saved_and_restored_like_the_rest(stage, offload, tmp_path):
+    whole, store = train(Case(2, stage), tmp_path / "whole"), str(tmp_path / "checkpoints")
+    away = partial(Case, 2, stage, offload=offload)
+    assert train(away(last=2, save=store), tmp_path / "first") == pytest.approx(whole[:2], abs=2e-5)
+    assert train(away(first=2, load=store), tmp_path / "second") == pytest.approx(whole[2:], abs=2e-5)
+
+
+@pytest.mark.soak  # DeepSpeed compiles its way to the disk at first use, which takes minutes
+def test_what_is_offloaded_to_a_disk_is_saved_and_goes_on_in_memory_and_back(tmp_path):
+    if not zero.deepspeed().ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs libaio's headers and a C++ compiler")
+    whole, store = train(Case(2, 3, preset="tiny"), tmp_path / "whole"), str(tmp_path / "checkpoints")
+    away = partial(Case, 2, 3, preset="tiny", offload="optimizer", offload_to=str(tmp_path / "disk"))
+    assert train(away(last=2, save=store), tmp_path / "first") == pytest.approx(whole[:2], abs=2e-5)
+    assert {path.name.partition("-")[0] for path in tmp_path.glob("disk/rank-1/**/*.swp")} >= {"exp_avg", "exp_avg_sq"}
+    third = Case(1, 3, preset="tiny", first=2, last=3, load=store, save=store)
+    assert train(third, tmp_path / "second") == pytest.approx(whole[2:3], abs=2e-5)
+    assert train(away(first=3, load=store), tmp_path / "third") == pytest.approx(whole[3:], abs=2e-5)
 
 
 @pytest.mark.slow

@@ -61,6 +61,22 @@ def test_rows_that_must_be_whole_are_not_shared(overrides, said):
     assert said in refused("pretrain.gpus_per_worker=1", "pretrain.sequence_parallel=2", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("pretrain.gpus_per_worker=0",), "offload=optimizer needs GPUs"),
+        (("pretrain.offload_to=nvme",), "offload_to must be 'cpu' or an absolute path, got 'nvme'"),
+        (("pretrain.offload=none",), "offload_to=/nvme needs offload=optimizer or all"),
+        (("pretrain.zero_stage=2",), "offload_to=/nvme needs zero_stage=3"),
+        (("pretrain.optimizer=muon",), "offload_to=/nvme needs optimizer=adamw"),
+    ],
+)
+def test_a_disk_takes_what_zero_3_offloads_of_adamw(overrides, said):
+    disk = ("pretrain.gpus_per_worker=1", "pretrain.zero_stage=3", "pretrain.offload=optimizer")
+    assert load_recipe("micro", (*disk, "pretrain.offload_to=/nvme")).pretrain.offload_to == "/nvme"
+    assert said in refused(*disk, "pretrain.offload_to=/nvme", *overrides)
+
+
 def test_rows_shared_by_workers_are_dealt_out_in_fewer_shares():
     recipe = load_recipe("micro", ("pretrain.gpus_per_worker=1", "pretrain.sequence_parallel=2"))
     assert (recipe.pretrain.workers, recipe.pretrain.shares, recipe.pretrain.rows_per_worker) == (2, 1, 8)
