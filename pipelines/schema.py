@@ -354,8 +354,8 @@ class TrainingSettings(Settings):
     )
     offload_to: str = placement(
         "cpu",
-        "where the optimizer's offloaded state goes: 'cpu', the machine's memory, or with ZeRO-3 and AdamW a folder on "
-        "an NVMe disk of each worker's machine",
+        "where the optimizer's offloaded state goes: 'cpu', the machine's memory, or with ZeRO-3 and AdamW a folder "
+        "on an NVMe disk of each worker's machine",
     )
     activation_checkpointing: bool = placement(
         False, "compute activations again in the backward pass instead of keeping them"
