@@ -91,11 +91,12 @@ def write_weights(
     folder: Path,
     sizes: dict[str, int],
     gather: Callable[[list[str]], dict[str, torch.Tensor]],
-    most: int = FILE_BYTES,
+    most: int,
 ) -> None:
     """Write tensors to several safetensors files with Hugging Face's index, one file's tensors in memory at a time.
 
-    sizes: bytes by name. gather: the tensors of these names, on rank 0 alone; collective, and so is this.
+    most: bytes of a file, unless a single tensor is larger. sizes: bytes by name. gather: the tensors of
+    these names, on rank 0 alone; collective, and so is this.
     """
     files, of_file = files_of(sizes, most), {}
     for number, names in enumerate(files, 1):

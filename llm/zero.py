@@ -223,7 +223,7 @@ def _shares(engine) -> Iterator[tuple[torch.Tensor, bool, list[Place]]]:
 def _in_memory(engine, number: int) -> Iterator[None]:
     """A share whose state lies on a disk is read for as long as the block lasts, and then written back."""
     optimizer = engine.optimizer
-    if engine.zero_optimization_stage() < 3 or not optimizer._swappable_optimizer_subgroup(number):
+    if not (is_on_disk(engine) and optimizer._swappable_optimizer_subgroup(number)):  # small ones stay in memory
         yield
         return
     optimizer._optimizer_states_and_gradient_swap_in(number)
@@ -267,6 +267,11 @@ def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, muon: bool) -
     if not muon:
         state.setdefault("step", torch.tensor(0.0, device=flat.device))
     return {kind: state[kind] for kind in kinds}
+
+
+def is_on_disk(engine) -> bool:
+    """Whether the optimizer's state is offloaded to a disk."""
+    return is_sharded(engine) and engine.optimizer.swap_optimizer
 
 
 def is_sharded(engine) -> bool:

@@ -117,9 +117,9 @@ class Saver:
             in_files = zero.is_sharded(engine) and self._in_files(engine, step)
             whole = not in_files and (dist.get_rank() == 0 or zero.is_sharded(engine))
             weights = zero.whole_weights(engine) if whole else {}
-            fragments = list(zero.fragments(engine))  # views
+            copy_state = _state(engine)
             facts = {**facts, "optimizer": zero.counters(engine)}
-            self._copied = self._threads.submit(_copies, fragments, weights if dist.get_rank() == 0 else {})
+            self._copied = self._threads.submit(_copies, copy_state, weights if dist.get_rank() == 0 else {})
             self._saved = self._threads.submit(self._save, self._copied, engine.module, step, facts, in_files or None)
 
     def _in_files(self, engine: Any, step: int) -> Path | None:
@@ -134,7 +134,7 @@ class Saver:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         with zero.all_shared(engine):
-            parts.write_weights(folder, sizes, partial(zero.gathered, engine))
+            parts.write_weights(folder, sizes, partial(zero.gathered, engine), parts.FILE_BYTES)
         return folder
 
     def before_change(self) -> None:
@@ -187,8 +187,17 @@ class Saver:
             self.held_up_s += time.monotonic() - begun
 
 
-def _copies(fragments: Iterable[zero.Fragment], weights: dict[str, torch.Tensor]) -> tuple[Any, Any]:
-    return checkpoint.copies(fragments), checkpoint.copies_of_weights(weights)
+def _state(engine: Any) -> Callable[[], list[zero.Fragment]]:
+    """What copies this rank's share of the optimizer's state; of one that lies on a disk the copy is made now."""
+    if zero.is_on_disk(engine):
+        made = checkpoint.copies(zero.fragments(engine))
+        return lambda: made
+    views = list(zero.fragments(engine))
+    return lambda: checkpoint.copies(views)
+
+
+def _copies(copy_state: Callable[[], list[zero.Fragment]], weights: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+    return copy_state(), checkpoint.copies_of_weights(weights)
 
 
 def before(folder: Path, left_out: list[dict[str, Any]]) -> int:

@@ -73,11 +73,7 @@ def train(case: Case, folder: Path) -> list[float]:
 
 
 def rank_main(rank: int, case: Case, folder: str) -> None:
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
-    torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous-{case.first}-{case.last}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
-    zero.deepspeed().init_distributed()
+    join(rank, case, folder)
     engine = start(case)
     losses = [step(engine, case, number, rank) for number in range(case.first, case.last)]
     if case.save:
@@ -85,6 +81,15 @@ def rank_main(rank: int, case: Case, folder: str) -> None:
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
     leave()
+
+
+def join(rank: int, case: Case, folder: str) -> None:
+    """Make this process rank `rank` of the case's."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks))
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous-{case.first}-{case.last}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
+    zero.deepspeed().init_distributed()
 
 
 def leave() -> None:
