@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ FILE_BYTES = 200_000  # so that the small model's weights take several files
 
 def rank_main(rank: int, case: Case, folder: str, file_bytes: int) -> None:
     join(rank, case, folder)
-    parts.FILE_BYTES = file_bytes
+    parts.FILE_BYTES, zero.zero_settings = file_bytes, small_groups(zero.zero_settings)
     engine = start(case)
     saver = Saver(Path(folder), checkpoint.OnDisk(), FakeTokenizer(), (2, 0))
     for number in range(SAVED_AT):
@@ -27,6 +29,17 @@ def rank_main(rank: int, case: Case, folder: str, file_bytes: int) -> None:
     step(engine, case, SAVED_AT, rank)
     saver.settle()
     leave()
+
+
+def small_groups(settings_of: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """ZeRO-3's settings with several shares of the state, of which a disk's buffers hold one at a time."""
+
+    def settings(**words: Any) -> dict[str, Any]:
+        made = settings_of(**words)
+        made["zero_optimization"]["sub_group_size"] = 1_000_000
+        return made
+
+    return settings
 
 
 def saved_and_gone_on(case: Case, folder: Path, file_bytes: int = parts.FILE_BYTES) -> Path:
