@@ -54,7 +54,7 @@ def chat(address):
 @pytest.fixture
 def post(address):
     def send(**body) -> httpx.Response:
-        content = json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **body})
+        content = json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 4, "seed": 5, **body})
         headers = {"Content-Type": "application/json"}
         return httpx.post(f"{address}/chat/completions", content=content, headers=headers, timeout=60)
 
