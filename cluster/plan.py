@@ -74,6 +74,7 @@ class Load(NamedTuple):
     micro_batch: int  # rows in a forward pass
     precision: int  # b, bytes of a weight in computing: 2 or 4
     checkpointing: bool  # activations of all layers but one made anew in the backward pass
+    tensor: int = 1  # ranks that share each layer's matrices
     offload: Offload = "none"
     optimizer: Literal["adamw", "muon"] = "adamw"
     loss_in_pieces: bool = False  # whether the head gives the loss of a piece of the rows at a time
@@ -140,8 +141,10 @@ def footprint(decoder: Decoder, load: Load, stage: int, ranks: int) -> Footprint
     Rajbhandari et al. 2020 (arXiv 1910.02054, section 5): each rank has a share 1/N of the optimizer's state from
     stage 1, of the gradients from 2, of the weights from 3. fp32 weights with AdamW's moments are 12 bytes a
     parameter; Muon keeps one momentum for the layers' matrices, 8 bytes, and makes a copy of it in a step. To these
-    come DeepSpeed's buffers.
+    come DeepSpeed's buffers. Ranks that share the layers' matrices hold a smaller model, and shares of it are those of
+    fewer ranks.
     """
+    decoder, ranks = _cut(decoder, load.tensor), ranks // load.tensor
     size, share = float(decoder.parameters), decoder.parameters / ranks
     own = share if stage else size  # what the rank's optimizer updates
     weights = load.precision * (share if stage == 3 else size)
@@ -156,6 +159,21 @@ def footprint(decoder: Decoder, load: Load, stage: int, ranks: int) -> Footprint
         reduction=_reduction(decoder, load, stage, share) if stage else 0.0,
         update=(2.0 * load.precision + 4.0) * own + 4.0 * muon if load.offload == "none" else load.precision * own,
         host=host,
+    )
+
+
+def _cut(decoder: Decoder, parts: int) -> Decoder:
+    """What one of so many ranks has that share each layer's matrices; tables, head and norms are whole on each.
+
+    Shoeybi et al. 2019 (arXiv 1909.08053, section 3): each has so many of the heads and of a block's inner features.
+    """
+    elsewhere = hidden_matrices(decoder) * (parts - 1) // parts
+    return decoder._replace(
+        parameters=decoder.parameters - elsewhere,
+        multiplied=decoder.multiplied - elsewhere,
+        heads=decoder.heads // parts,
+        kv_heads=decoder.kv_heads // parts,
+        ffn=decoder.ffn // parts,
     )
 
 
@@ -179,12 +197,15 @@ def hidden_matrices(decoder: Decoder) -> int:
     return decoder.multiplied - decoder.vocab * decoder.hidden
 
 
-def start_bytes(decoder: Decoder, stage: int, ranks: int, precision: int) -> float:
+def start_bytes(decoder: Decoder, stage: int, ranks: int, precision: int, tensor: int = 1) -> float:
     """Bytes of a rank on its device while the model is built.
 
-    Under ZeRO 1 and 2 every rank builds it whole, in fp32; under ZeRO-3 (Llama's and most other architectures) a
+    Under ZeRO 1 and 2 every rank builds it whole, in fp32, and where `tensor` ranks share the layers on the host, so
+    that the device gets what the rank keeps; under ZeRO-3 (Llama's and most other architectures) a
     module at a time, of which the largest is the embedding, and keeps its share in the compute precision.
     """
+    if tensor > 1:
+        return float(precision * _cut(decoder, tensor).parameters)
     if stage < 3:
         return 4.0 * decoder.parameters
     return precision * decoder.parameters / ranks + (4.0 + precision) * decoder.vocab * decoder.hidden
@@ -249,8 +270,16 @@ class Fit(NamedTuple):
 
 
 def fits(decoder: Decoder, load: Load, gpu: Gpu, most: int = MOST_GPUS) -> list[Fit]:
-    """For ZeRO 1, 2 and 3 the smallest power of two of GPUs, up to `most`, on which `load` fits."""
-    return [_smallest(decoder, load, gpu, stage, most) for stage in (1, 2, 3)]
+    """For ZeRO 1, 2 and 3 the fewest GPUs, a power of two (of groups that share layers), on which `load` fits.
+
+    `most` GPUs at most; ZeRO-3 is for ranks with layers of their own.
+    """
+    return [_smallest(decoder, load, gpu, stage, most) for stage in stages(load)[1:]]
+
+
+def stages(load: Load) -> range:
+    """ZeRO's stages that a load can be trained with."""
+    return range(3 if load.tensor > 1 else 4)
 
 
 def best(found: list[Fit]) -> Fit | None:
@@ -259,7 +288,7 @@ def best(found: list[Fit]) -> Fit | None:
 
 
 def _smallest(decoder: Decoder, load: Load, gpu: Gpu, stage: int, most: int) -> Fit:
-    numbers = (1 << power for power in range(most.bit_length()))
+    numbers = (load.tensor << power for power in range((most // load.tensor).bit_length()))
     for number in numbers:
         found = footprint(decoder, load, stage, number)
         if found.peak <= gpu.memory * USABLE_MEMORY:

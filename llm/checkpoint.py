@@ -22,7 +22,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from llm import boxes
+from llm.boxes import Stretch
 from llm.files import hash_file, write_json
+from llm.slices import Columns
 from llm.zero import MOMENTS, Fragment
 
 log = logging.getLogger("headwater")
@@ -160,8 +163,9 @@ def to_keep(losses: dict[str, float | None], newest: int, best: int) -> set[str]
 
 
 def copies(fragments: Iterable[Fragment]) -> list[Fragment]:
-    """Fragments that stay as they are when training goes on, in memory of the CPU."""
-    return [replace(one, tensors={kind: _copy(view) for kind, view in one.tensors.items()}) for one in fragments]
+    """Fragments that stay as they are when training goes on, on the CPU; without those that another rank saves."""
+    own = (one for one in fragments if not one.spare)
+    return [replace(one, tensors={kind: _copy(view) for kind, view in one.tensors.items()}) for one in own]
 
 
 def copies_of_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -177,12 +181,14 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_state(path: Path, fragments: Iterable[Fragment]) -> None:
-    """Write a rank's fragments to one safetensors file; where each begins stands in the file's metadata."""
-    tensors, starts = {}, {}
+    """Write a rank's fragments to one safetensors file; where each is in its parameter stands in the metadata."""
+    tensors, starts, columns = {}, {}, {}
     for fragment in fragments:
         starts[fragment.name] = fragment.start
+        if fragment.columns:
+            columns[fragment.name] = fragment.columns
         tensors.update({f"{fragment.name}/{kind}": tensor for kind, tensor in fragment.tensors.items()})
-    save_file(tensors, path, metadata={"starts": json.dumps(starts)})
+    save_file(tensors, path, metadata={"starts": json.dumps(starts), "columns": json.dumps(columns)})
 
 
 def restore_state(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
@@ -204,6 +210,8 @@ class _StateFile:
     def __init__(self, path: Path):
         self._file = safe_open(path, framework="pt")
         self._starts: dict[str, int] = json.loads(self._file.metadata()["starts"])
+        # Missing in checkpoints written before ranks could have some columns of a matrix.
+        self._columns: dict[str, list[int]] = json.loads(self._file.metadata().get("columns", "{}"))
         self._keys = set(self._file.keys())
 
     def copy_into(self, fragment: Fragment) -> int:
@@ -212,14 +220,18 @@ class _StateFile:
             return 0
         self._check_optimizer(fragment)
         saved = {kind: self._file.get_slice(f"{fragment.name}/{kind}") for kind in fragment.tensors}
-        offset = self._starts[fragment.name]
-        begin = max(fragment.start, offset)
-        end = min(fragment.start + fragment.numel, offset + saved["weight"].get_shape()[0])
-        if end <= begin:
-            return 0
-        for kind, tensor in fragment.tensors.items():
-            tensor[begin - fragment.start : end - fragment.start] = saved[kind][begin - offset : end - offset]
-        return end - begin
+        mine = Stretch(fragment.start, fragment.numel, fragment.columns)
+        copied = 0
+        for into, out_of in boxes.overlaps(mine, self._stretch(fragment.name, saved["weight"].get_shape()[0])):
+            for kind, tensor in fragment.tensors.items():
+                values = boxes.view(saved[kind][out_of.begin : out_of.end], out_of)
+                boxes.view(tensor[into.begin : into.end], into).copy_(values)
+            copied += values.numel()
+        return copied
+
+    def _stretch(self, name: str, numel: int) -> Stretch:
+        columns = self._columns.get(name)
+        return Stretch(self._starts[name], numel, Columns(*columns) if columns else None)
 
     def _check_optimizer(self, fragment: Fragment) -> None:
         if not all(f"{fragment.name}/{kind}" in self._keys for kind in fragment.tensors):

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm import slices
 from llm.muon import Muon, Piece, hidden_matrices
 from llm.parts import Share, shape_of
+from llm.slices import Columns
 
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what changes of fp16's loss scale
@@ -30,12 +32,15 @@ class Fragment:
     """A rank's piece of one parameter: `start` in the flattened parameter, views of the fp32 state behind it.
 
     `tensors` maps "weight" and the optimizer's state ("exp_avg" and "exp_avg_sq" of AdamW, "momentum_buffer" of Muon)
-    to one-dimensional views; writing to them changes the state.
+    to one-dimensional views; writing to them changes the state. Where the rank has some columns of a matrix alone,
+    `start` and the values are counted in those. spare: whether another rank saves the same.
     """
 
     name: str
     start: int
     tensors: dict[str, torch.Tensor]
+    columns: Columns | None = None
+    spare: bool = False
 
     @property
     def numel(self) -> int:
@@ -146,6 +151,9 @@ def initialise(
     adamw: dict[str, Any] = {"lr": 0.0, "betas": betas, "fused": True}
     own = Muon(groups, device, **adamw) if optimizer == "muon" else torch.optim.AdamW(groups, **adamw)
     engine, *_ = deepspeed().initialize(model=model, optimizer=own, config=settings, mpu=mpu)
+    if slices.parts_of(engine) > 1:
+        # It sends a group's first batch to all of its ranks to compare, in memory of the first one's GPU.
+        engine.first_dataloader_check.remove()
     if isinstance(own, Muon):
         for flat, pieces in _matrices(engine):
             own.lay_out(flat, pieces)
@@ -159,12 +167,12 @@ def set_learning_rate(engine, rate: float) -> None:
 
 
 def averaged_over(engine) -> int:
-    """What DeepSpeed divides the sum of the ranks' gradients by: groups of ranks that share rows, or ranks.
+    """What DeepSpeed divides the sum of the ranks' gradients by: groups of ranks that have the same rows, or ranks.
 
     Under ZeRO-3 it is the ranks in any case (`reduce_scatter_coalesced` of DeepSpeed 0.19).
     """
     ranks = torch.distributed.get_world_size()
-    return ranks if is_sharded(engine) else ranks // engine.sequence_parallel_size
+    return ranks if is_sharded(engine) else ranks // (engine.sequence_parallel_size * slices.parts_of(engine))
 
 
 def fragments(engine) -> Iterator[Fragment]:
@@ -173,12 +181,15 @@ def fragments(engine) -> Iterator[Fragment]:
     Each is to be read or filled before the next is asked for: what is offloaded to a disk is in memory no longer.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    first = torch.distributed.get_rank() % slices.parts_of(engine) == 0  # of its group
     for flat, muon, places in _shares(engine):
         tensors = {"weight": flat.data, **_moments(engine.optimizer.optimizer, flat, muon)}
         for parameter, start, at, numel in places:
             if numel:
                 views = {kind: tensor.narrow(0, at, numel) for kind, tensor in tensors.items()}
-                yield Fragment(names[id(parameter)], start, views)
+                begin, columns = slices.place_of(parameter, start)
+                spare = not first and slices.slice_of(parameter) is None
+                yield Fragment(names[id(parameter)], begin, views, columns, spare)
 
 
 def counters(engine) -> dict[str, float]:
@@ -275,31 +286,46 @@ def is_on_disk(engine) -> bool:
 
 
 def is_sharded(engine) -> bool:
-    """Whether a rank holds but a share of the weights, so that gathering them is collective."""
+    """Whether ZeRO-3 leaves a rank but a share of the weights."""
     return engine.zero_optimization_stage() == 3
 
 
+def is_parted(engine) -> bool:
+    """Whether no rank holds all weights, so that gathering them is collective."""
+    return is_sharded(engine) or slices.parts_of(engine) > 1
+
+
 def weight_bytes(engine) -> dict[str, int]:
-    """Bytes of each weight that a saved model holds, by name; one of several names (tied ones) once. Of ZeRO-3."""
-    weights = {name: weight.ds_numel * weight.element_size() for name, weight in engine.module.named_parameters()}
+    """Bytes of each weight that a saved model holds, by name; one of several names (tied ones) once."""
+    weights = {name: _numel(weight) * weight.element_size() for name, weight in engine.module.named_parameters()}
     return weights | {name: buffer.nbytes for name, buffer in _kept_buffers(engine.module)}
 
 
+def _numel(weight: nn.Parameter) -> int:
+    """Of the whole, of which ZeRO-3 leaves an empty tensor and a group of ranks a slice each."""
+    return weight.ds_numel if hasattr(weight, "ds_numel") else slices.numel_of(weight)
+
+
 def gathered(engine, names: list[str]) -> dict[str, torch.Tensor]:
-    """These weights of a ZeRO-3 engine, on the CPU of rank 0; nothing on the others. Collective."""
+    """These weights of an engine whose ranks hold parts, on the CPU of rank 0; nothing on the others. Collective."""
     everything = dict(engine.module.named_parameters()) | dict(_kept_buffers(engine.module))
     found = {}
     for name in names:
         tensor = everything[name]
-        with deepspeed().zero.GatheredParameters([tensor], enabled=isinstance(tensor, nn.Parameter)):
+        shared_out = is_sharded(engine) and isinstance(tensor, nn.Parameter)
+        with deepspeed().zero.GatheredParameters([tensor], enabled=shared_out):
+            whole = slices.whole(tensor)
             if torch.distributed.get_rank() == 0:
-                found[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                found[name] = whole.to("cpu", copy=True).contiguous()
     return found
 
 
 @contextmanager
 def all_shared(engine) -> Iterator[None]:
-    """Where weights of a ZeRO-3 engine can be `gathered`: between steps it keeps small ones whole. Collective."""
+    """Where weights can be `gathered`: between steps ZeRO-3 keeps small ones whole. Collective."""
+    if not is_sharded(engine):
+        yield
+        return
     engine.optimizer.checkpoint_event_prologue()
     yield
     engine.optimizer.checkpoint_event_epilogue()
@@ -311,7 +337,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def whole_weights(engine) -> dict[str, torch.Tensor]:
-    """All weights in the compute precision, by name. Collective: every rank must call it (ZeRO-3 gathers)."""
+    """All weights in the compute precision, by name. Collective where ranks hold parts of them (`is_parted`)."""
     if is_sharded(engine):
         return engine._zero3_consolidated_16bit_state_dict()
-    return engine.module.state_dict()
+    return slices.whole_weights(engine.module) if is_parted(engine) else engine.module.state_dict()

@@ -98,7 +98,8 @@ class Saver:
 
     Training waits for a copy of its state alone, and for that no sooner than it changes the state again. The copy is
     of this rank's share of the optimizer's state (12 bytes a parameter over all ranks), and on rank 0 of the weights
-    in the compute precision; those of a ZeRO-3 model of more than one file are written before training goes on.
+    in the compute precision; where ranks hold parts of them, and they fill more than one file, those are written
+    before training goes on.
     """
 
     def __init__(self, job_folder: Path, kept_in: checkpoint.OnDisk, tokenizer: Any, keep: tuple[int, int]):
@@ -114,8 +115,8 @@ class Saver:
         """Have the state after `step` steps saved. Collective. Raises what the save before failed of."""
         with self._holding_up():
             self.settle()
-            in_files = zero.is_sharded(engine) and self._in_files(engine, step)
-            whole = not in_files and (dist.get_rank() == 0 or zero.is_sharded(engine))
+            in_files = zero.is_parted(engine) and self._in_files(engine, step)
+            whole = not in_files and (dist.get_rank() == 0 or zero.is_parted(engine))
             weights = zero.whole_weights(engine) if whole else {}
             copy_state = _state(engine)
             facts = {**facts, "optimizer": zero.counters(engine)}
@@ -123,7 +124,7 @@ class Saver:
             self._saved = self._threads.submit(self._save, self._copied, engine.module, step, facts, in_files or None)
 
     def _in_files(self, engine: Any, step: int) -> Path | None:
-        """Write the weights of a ZeRO-3 model that is larger than one file now, and say where; None if it isn't.
+        """Write the weights of a model larger than one file, of which ranks hold parts, now, and say where; else None.
 
         Rank 0 then holds a file's weights at a time. Training waits: no rank has room for all of them. Collective.
         """

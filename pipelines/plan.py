@@ -42,7 +42,10 @@ class Options(NamedTuple):
 
 
 def answer(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """The plan as an object: units are in its keys. BadInput for an unknown GPU or a share that is none."""
+    """The plan as an object: units are in its keys. BadInput for an unknown GPU, a share that is none, or a model that
+    can't be cut as the recipe says."""
+    if problems := training.cutting_problems(recipe, "pretrain"):
+        raise BadInput(*problems)
     gpu, decoder, load = _gpu(options), decoder_of(config_of(recipe)), load_of(recipe)
     return {
         "recipe": recipe.name,
@@ -103,13 +106,14 @@ def config_of(recipe: Recipe) -> PreTrainedConfig:
 
 
 def load_of(recipe: Recipe) -> Load:
-    """How pretraining loads each of its ranks: with whole rows, or its part of rows that ranks share."""
+    """How pretraining loads each of its ranks: with whole rows and layers, or its part of those that ranks share."""
     settings = recipe.pretrain
     return Load(
         sequence=recipe.shards.sequence_length // settings.sequence_parallel,
         micro_batch=settings.forward_rows,
         precision=4 if settings.dtype == "fp32" else 2,
         checkpointing=settings.activation_checkpointing,
+        tensor=settings.tensor_parallel,
         offload=settings.offload,
         optimizer=settings.optimizer,
         loss_in_pieces=_loss_in_pieces(config_of(recipe), settings),
@@ -160,7 +164,7 @@ def training_of(recipe: Recipe, decoder: Decoder) -> dict[str, Any]:
 def memory_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu) -> list[dict[str, Any]]:
     """Bytes of a rank, on as many GPUs as the recipe has, for each ZeRO stage with and without offload."""
     rows = []
-    for stage in range(4):
+    for stage in plan.stages(load):
         for offload in OFFLOADS if stage == 3 else OFFLOADS[: 1 + bool(stage)]:
             found = plan.footprint(decoder, load._replace(offload=offload), stage, settings.workers)
             rows.append(
@@ -177,13 +181,13 @@ def memory_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu
 
 def start_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu) -> dict[str, Any]:
     """Bytes of a rank before the first step, and whether a GPU holds them."""
-    size = plan.start_bytes(decoder, settings.zero_stage, settings.workers, load.precision)
+    size = plan.start_bytes(decoder, settings.zero_stage, settings.workers, load.precision, load.tensor)
     return {"bytes": size, "fits": size <= gpu.memory * plan.USABLE_MEMORY}
 
 
 def fits_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu) -> list[dict[str, Any]]:
     """The fewest GPUs on which the recipe's micro-batch fits, for each ZeRO stage; null if none does."""
-    most = settings.global_batch * settings.sequence_parallel  # a rank without a row has nothing to do
+    most = settings.global_batch * settings.group  # a rank without a row has nothing to do
     found = plan.fits(decoder, load, gpu, most)
     best = plan.best(found)
     return [
@@ -194,7 +198,7 @@ def fits_of(settings: TrainingSettings, decoder: Decoder, load: Load, gpu: Gpu) 
 def time_of(recipe: Recipe, decoder: Decoder, gpu: Gpu, options: Options) -> list[dict[str, Any]]:
     """Hours and money of pretraining, on the recipe's GPUs and on the fewest that hold it."""
     settings, sequence = recipe.pretrain, recipe.shards.sequence_length
-    most = settings.global_batch * settings.sequence_parallel
+    most = settings.global_batch * settings.group
     best = plan.best(plan.fits(decoder, load_of(recipe), gpu, most))
     hours = plan.gpu_hours(training_of(recipe, decoder)["flops"], gpu, options.mfu)
     return [

@@ -193,7 +193,7 @@ def _evaluation(objective: str, sources: dict[str, Any]) -> worker.Evaluation:
 
 
 def _writes(settings: PretrainSettings) -> bool:
-    whole = settings.zero_stage < 3 and settings.sequence_parallel == 1
+    whole = settings.zero_stage < 3 and settings.group == 1
     return bool(settings.samples) and whole and settings.objective != "masked"
 
 
@@ -340,7 +340,7 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 def _check(recipe: Recipe) -> list[Problem]:
     """What can be seen of a model that isn't one of ours before anything starts."""
     model, length = recipe.model, recipe.shards.sequence_length
-    if problems := training.sequence_problems(recipe, "pretrain"):
+    if problems := training.cutting_problems(recipe, "pretrain"):
         return problems
     if model.preset or model.depth:
         return []

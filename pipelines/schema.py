@@ -343,6 +343,12 @@ class TrainingSettings(Settings):
         "arXiv 2309.14509); next-token prediction on GPUs alone",
         ge=1,
     )
+    tensor_parallel: int = placement(
+        1,
+        "workers that share each layer's matrices and have the same rows (arXiv 1909.08053); with ZeRO 1 or 2, AdamW "
+        "and next-token prediction on GPUs alone",
+        ge=1,
+    )
     data_cpus: float = placement(0.25, "CPUs that a Ray Data reading task claims", gt=0)
     save_every: int = placement(500, "steps between checkpoints", ge=1)
     keep_checkpoints: int = placement(2, "newest checkpoints to keep", ge=1)
@@ -376,13 +382,11 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainingSettings:
-        if self.workers % self.sequence_parallel:
-            raise ValueError(
-                f"workers must be a multiple of sequence_parallel: {self.workers} in groups of "
-                f"{self.sequence_parallel}"
-            )
+        if self.workers % self.group:
+            name = "sequence_parallel" if self.sequence_parallel > 1 else "tensor_parallel"
+            raise ValueError(f"workers must be a multiple of {name}: {self.workers} in groups of {self.group}")
         if self.global_batch % self.shares:
-            groups = f"groups of {self.sequence_parallel} workers" if self.sequence_parallel > 1 else "workers"
+            groups = f"groups of {self.group} workers" if self.group > 1 else "workers"
             raise ValueError(
                 f"global_batch must be a multiple of workers: {self.global_batch} rows over {self.shares} {groups}"
             )
@@ -399,6 +403,7 @@ class TrainingSettings(Settings):
             "dtype": self.dtype == "fp16",
             "offload": self.offload != "none",
             "sequence_parallel": self.sequence_parallel > 1,
+            "tensor_parallel": self.tensor_parallel > 1,
         }
         for name in (name for name, asked in refused.items() if asked):
             raise ValueError(f"{name}={getattr(self, name)} needs GPUs: set gpus_per_worker, or leave it out")
@@ -420,6 +425,20 @@ class TrainingSettings(Settings):
         needs["optimizer=adamw"] = self.optimizer == "adamw"
         for need in (need for need, met in needs.items() if not met):
             raise ValueError(f"offload_to={self.offload_to} needs {need}")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_cut(self) -> TrainingSettings:
+        if self.tensor_parallel == 1:
+            return self
+        needs = {
+            "sequence_parallel=1": self.sequence_parallel == 1,
+            "zero_stage=1 or 2": self.zero_stage < 3,
+            "optimizer=adamw": self.optimizer == "adamw",
+            "compile=false": not self.compile,
+        }
+        for need in (need for need, met in needs.items() if not met):
+            raise ValueError(f"tensor_parallel={self.tensor_parallel} needs {need}")
         return self
 
     @model_validator(mode="after")
@@ -453,7 +472,12 @@ class TrainingSettings(Settings):
     @property
     def shares(self) -> int:
         """Shares in which a global batch's rows are dealt out: one a worker, or one a group of them."""
-        return self.workers // self.sequence_parallel
+        return self.workers // self.group
+
+    @property
+    def group(self) -> int:
+        """Workers that have the same rows."""
+        return self.sequence_parallel * self.tensor_parallel
 
     @property
     def least_workers(self) -> int:
@@ -484,9 +508,10 @@ Training = TypeVar("Training", bound=TrainingSettings)
 
 
 def _refuse_parts(settings: Training, what: str) -> Training:
-    """ValueError where the rows of a stage that needs them whole are to be shared by workers."""
-    if settings.sequence_parallel > 1:
-        raise ValueError(f"sequence_parallel must be 1 with {what}, got {settings.sequence_parallel}")
+    """ValueError where workers are to share the rows or the layers of a stage that needs them whole."""
+    for name in ("sequence_parallel", "tensor_parallel"):
+        if (parts := getattr(settings, name)) > 1:
+            raise ValueError(f"{name} must be 1 with {what}, got {parts}")
     return settings
 
 
@@ -540,6 +565,8 @@ class PretrainSettings(TrainingSettings):
     def _no_more_than_all(self) -> PretrainSettings:
         if self.least_workers > self.workers:
             raise ValueError(f"min_workers must be at most workers: {self.min_workers} of {self.workers}")
+        if self.least_workers < self.workers and self.group > 1:  # Ray Train can't be told to take whole groups
+            raise ValueError(f"min_workers must be null or workers where workers come in groups of {self.group}")
         return self
 
     @property

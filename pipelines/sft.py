@@ -149,7 +149,7 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 
 def _check(recipe: Recipe) -> list[Problem]:
     problems = conversations.problems_of(recipe.sft.sources, "sft.sources")
-    problems += training.sequence_problems(recipe, "sft")
+    problems += training.cutting_problems(recipe, "sft")
     if recipe.pretrain.objective == "masked":
         what = "sft can't begin with a model that was pretrained on masked words alone"
         problems.append(Problem(what, "set pretrain.objective to causal or mixed, or stop with --to pretrain"))

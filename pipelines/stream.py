@@ -2,7 +2,7 @@
 
 1. Global batch k is a fixed set of rows (`llm.order`); worker r of W takes its r-th part. W may be another at each
    start of the workers; a batch that doesn't divide by it is filled up with empty rows. Where groups of N workers
-   share rows, group g takes the g-th of W/N parts, and each of its workers a part of those rows' tokens.
+   have the same rows, group g takes the g-th of W/N parts, and each of its workers all of it or a part of the tokens.
 2. A block holds one worker's rows for a span of steps. Blocks come in groups of W, one a worker, all of one size.
 3. `streaming_split(equal=True)` gives each block to the worker with the fewest rows; with order preserved and equal
    blocks that is worker 0, 1, ..., W-1 in each group. The worker checks every row's step all the same.
@@ -54,7 +54,8 @@ class RowStream:
     mixture: Mixture | None = None
     isolated: bool = True  # whether the pieces of a row are sequences of their own
     masking: Masking | None = None  # what of the rows is hidden, to be filled in
-    group: int = 1  # workers that share the tokens of rows
+    group: int = 1  # workers that have the same rows
+    cut: bool = False  # whether each of them has a part of those rows' tokens
 
     @classmethod
     def of(
@@ -69,9 +70,9 @@ class RowStream:
     ) -> RowStream:
         """All steps of a training stage."""
         batch, workers, share = settings.global_batch, settings.workers, settings.rows_per_worker
-        group = settings.sequence_parallel
         return cls(
-            str(folder), pad_id, batch, workers, share, 0, settings.steps, seed, mixture, isolated, masking, group
+            *(str(folder), pad_id, batch, workers, share, 0, settings.steps, seed, mixture, isolated, masking),
+            *_shared_rows(settings),
         )
 
     def among(self, settings: TrainingSettings) -> Self:
@@ -113,7 +114,7 @@ class RowStream:
         place, part = divmod(worker, self.group)
         mine = joined([plan.part(place * share, (place + 1) * share) for plan in plans])
         tokens = self.read(mine)
-        if self.group > 1:
+        if self.cut:
             tokens = split_rows(tokens, part, self.group)
         return pa.table(
             {
@@ -164,8 +165,8 @@ class HeldOutRows(RowStream):
         masking: Masking | None = None,
     ) -> HeldOutRows:
         """`num_rows` rows of the set in `folder`, a forward pass of every worker at a time."""
-        group = settings.sequence_parallel
-        everything = cls(str(folder), pad_id, 1, 1, 1, 0, 0, 0, None, isolated, masking, group, num_rows)
+        group, cut = _shared_rows(settings)
+        everything = cls(str(folder), pad_id, 1, 1, 1, 0, 0, 0, None, isolated, masking, group, cut, num_rows)
         return everything.among(settings)
 
     def among(self, settings: TrainingSettings) -> Self:
@@ -198,6 +199,11 @@ class HeldOutRows(RowStream):
     def plan_of_batch(self, step: int) -> Plan:
         part = self._plan.part(step * self.global_batch, (step + 1) * self.global_batch)
         return self._filled(part)
+
+
+def _shared_rows(settings: TrainingSettings) -> tuple[int, bool]:
+    """How many workers have the same rows, and whether each has a part of their tokens."""
+    return settings.group, settings.sequence_parallel > 1
 
 
 def _counts(rows: int, masking: Masking | None) -> dict[Kind, int]:

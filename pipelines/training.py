@@ -21,7 +21,7 @@ from cluster.errors import PreflightRefused, Problem, StageFailed, Stopped
 from cluster.preflight import starving_problems
 from cluster.progress import console, progress
 from cluster.runs import ask_to_stop
-from llm import guard, sequence
+from llm import guard, sequence, slices
 from llm.architectures import Ids
 from pipelines import checkpoints, failures, records
 from pipelines.recipe import Recipe
@@ -218,15 +218,19 @@ def refuse_starving(who: str, settings: TrainingSettings) -> None:
         raise PreflightRefused(*problems)
 
 
-def sequence_problems(recipe: Recipe, stage: str) -> list[Problem]:
-    """Why the workers of a stage can't share rows as its settings say."""
-    group: int = getattr(recipe, stage).sequence_parallel
-    if group == 1:
+def cutting_problems(recipe: Recipe, stage: str) -> list[Problem]:
+    """Why the workers of a stage can't share rows or layers as its settings say."""
+    settings = getattr(recipe, stage)
+    if settings.group == 1:
         return []
     config = recipe.model.shape.config(Ids(recipe.tokenizer.ids))
-    why = sequence.why_not(config, group, recipe.shards.sequence_length)
-    remedy = "take a number that divides the model's heads and the rows, or 1"
-    return [Problem(f"{stage}.sequence_parallel is {group}: {why}", remedy)] if why else []
+    if settings.tensor_parallel > 1:
+        name, why = "tensor_parallel", slices.why_not(config, settings.group)
+        remedy = "take a number that divides the model's heads and the width of its blocks, another model, or 1"
+    else:
+        name, why = "sequence_parallel", sequence.why_not(config, settings.group, recipe.shards.sequence_length)
+        remedy = "take a number that divides the model's heads and the rows, or 1"
+    return [Problem(f"{stage}.{name} is {settings.group}: {why}", remedy)] if why else []
 
 
 def demand(parameters: int, settings: TrainingSettings) -> Demand:

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from cluster import mirror
 from cluster.progress import log_to
 from cluster.runs import canonical_hash, stop_is_asked
-from llm import checkpoint, clocks, flops, guard, sequence, zero
+from llm import checkpoint, clocks, flops, guard, sequence, slices, zero
 from llm.checkpoint import Checkpoint
 from llm.parts import Share
 from llm.vocabulary import load_tokenizer
@@ -276,7 +276,8 @@ class Trainer:
         scale = zero.averaged_over(self.engine) * len(starts) / batch.targets
         total = torch.zeros((), device=self.device)
         self.clock.begin()
-        torch.manual_seed(dropout_seed(self.job.stream.seed, self.step, dist.get_rank()))
+        drops = dist.get_rank() // self.job.settings.tensor_parallel  # those of one group alike
+        torch.manual_seed(dropout_seed(self.job.stream.seed, self.step, drops))
         for part, start in enumerate(starts):
             self._at("forward", part)
             nats = self.job.objective(self.engine, batch.part(start, start + size, self.device))
@@ -314,14 +315,19 @@ class Trainer:
         self._tell_slow(figures["forward_s"])
         means: dict[str, float] = {name: fmean(values) for name, values in figures.items()}
         means["peak_rss_mb"] = float(table[:, 2].max())
-        group = self.job.settings.sequence_parallel  # ranks that have the same rows
-        rows = table[::group, 3 + len(names) :].flatten().long().tolist()[: self.job.stream.global_batch]
-        return float(table[:, 0].sum()), rows, bool(table[:, 1].any()), means
+        rows = (
+            table[:: self.job.settings.group, 3 + len(names) :]
+            .flatten()
+            .long()
+            .tolist()[: self.job.stream.global_batch]
+        )
+        return float(table[:, 0].sum()) / self.job.settings.tensor_parallel, rows, bool(table[:, 1].any()), means
 
     def _tell_slow(self, forward_s: list[float]) -> None:
         """Ranks wait for one another in every other phase, so the forward pass tells which of them is slow.
 
-        With ZeRO-3 they wait for one another's weights in that too, and none is found.
+        With ZeRO-3 they wait for one another's weights in that too, with layers that are cut for one another's sums:
+        then none is found.
         """
         slow = self.slowness.add(forward_s)
         if slow is not None and dist.get_rank() == 0:
@@ -330,8 +336,8 @@ class Trainer:
             records.append(self.job.folder / records.EVENTS, event)
 
     def _timing(self, batch: Batch, rows: list[int], seconds: float) -> dict[str, float]:
-        group = self.job.settings.sequence_parallel
-        tokens = len(rows) * batch.arrays["input_ids"][0].size * group
+        parts = self.job.settings.sequence_parallel
+        tokens = len(rows) * batch.arrays["input_ids"][0].size * parts
         seconds += batch.waited_s
         held_up, self.saver.held_up_s = self.saver.held_up_s, 0.0
         told: dict[str, float] = {
@@ -341,7 +347,7 @@ class Trainer:
             "save_wait_s": held_up,
             "seconds": seconds,
         }
-        return told | self._utilisation(told["tokens_per_s"], batch.arrays["input_ids"].shape[-1] * group)
+        return told | self._utilisation(told["tokens_per_s"], batch.arrays["input_ids"].shape[-1] * parts)
 
     def _utilisation(self, tokens_per_s: float, row_tokens: int) -> dict[str, float]:
         """FLOP/s of all ranks, and their share of what the devices can do where that is known (`llm.flops`)."""
@@ -413,7 +419,8 @@ class Trainer:
 
     def _mean_nats(self, model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The objective's loss a target, (sum, count) as an `Evaluation` gives it."""
-        total = torch.stack([self.job.objective(model, batch).double() for batch in batches]).sum()
+        nats = torch.stack([self.job.objective(model, batch).double() for batch in batches]).sum()
+        total = nats / self.job.settings.tensor_parallel  # as many ranks have the same rows
         targets = self.job.facts["held_out_targets"] if dist.get_rank() == 0 else 0
         return {"held_out_loss": torch.stack([total, total.new_tensor(float(targets))])}
 
@@ -427,7 +434,7 @@ class Trainer:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """What a rank's generators begin a step with, so that dropout is the same after a restart. 64 bits."""
+    """What the generators of a rank, or a group of ranks, begin a step with: dropout is the same after a restart."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
@@ -497,14 +504,16 @@ def _start_engine(job: Job, saved: Checkpoint | None, offload_to: str) -> tuple[
         offload_to=offload_to,
     )
     share = zero.sharer(ds_settings, settings.dtype) if settings.zero_stage == 3 else None
-    model: Any = job.build(saved.model if saved else None, share).to(device)
+    model: Any = job.build(saved.model if saved else None, share)
+    if settings.tensor_parallel == 1:  # else DeepSpeed moves each rank's slices alone
+        model = model.to(device)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    group = settings.sequence_parallel
+    parts = settings.sequence_parallel
     engine = zero.initialise(
         model.bfloat16() if settings.dtype == "bf16" else model,
-        ds_settings,
-        mpu=sequence.share_rows(model, group, settings.forward_rows) if group > 1 else None,
+        ds_settings | slices.settings(model.config, settings.tensor_parallel),
+        mpu=sequence.share_rows(model, parts, settings.forward_rows) if parts > 1 else None,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
         optimizer=settings.optimizer,

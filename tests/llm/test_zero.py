@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm import checkpoint as checkpoints
-from llm import muon, parts, zero
+from llm import muon, parts, slices, zero
 from llm.losses import following, next_token_nats
 from llm.output_head import rows_nats
 from llm.presets import PRESETS, build_model, llama_config
@@ -51,18 +52,30 @@ class Case:
     preset: str = "micro"
     offload: str = "none"
     offload_to: str = "cpu"
+    tensor: int = 1  # ranks that share each layer's matrices
+    model_type: str = "llama"
+
+    @property
+    def shares(self) -> int:
+        """In which a batch is dealt out."""
+        return self.ranks // self.tensor
 
 
 def batch(step: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
 
 
-def config(preset: str = "micro"):
-    return llama_config(PRESETS[preset], FakeTokenizer())
+def config(preset: str = "micro", model_type: str = "llama", **own):
+    """Of another type, with what that has and Llama hasn't: Qwen 2's biases, Qwen 3's norms of heads."""
+    llama = llama_config(PRESETS[preset], FakeTokenizer())
+    if model_type == "llama":
+        return llama
+    same = {key: value for key, value in llama.to_dict().items() if key not in ("model_type", "architectures")}
+    return AutoConfig.for_model(model_type, **{**same, **own})
 
 
-def fresh_model(preset: str = "micro"):
-    return build_model(config(preset), SEED)
+def fresh_model(preset: str = "micro", model_type: str = "llama"):
+    return build_model(config(preset, model_type), SEED)
 
 
 def train(case: Case, folder: Path) -> list[float]:
@@ -75,11 +88,15 @@ def train(case: Case, folder: Path) -> list[float]:
 def rank_main(rank: int, case: Case, folder: str) -> None:
     join(rank, case, folder)
     engine = start(case)
-    losses = [step(engine, case, number, rank) for number in range(case.first, case.last)]
+    losses, norms = [], []
+    for number in range(case.first, case.last):
+        losses.append(step(engine, case, number, rank))
+        norms.append(float(engine.get_global_grad_norm()))
     if case.save:
         save(engine, case, rank)
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(losses))
+        Path(folder, "norms.json").write_text(json.dumps(norms))
     leave()
 
 
@@ -110,7 +127,7 @@ def start(case: Case):
     settings = zero.zero_settings(
         stage=case.stage,
         micro_batch=case.micro_batch,
-        accumulation=ROWS // case.ranks // case.micro_batch,
+        accumulation=ROWS // case.shares // case.micro_batch,
         dtype=case.dtype,
         clip_norm=case.clip_norm,
         offload=case.offload,
@@ -118,6 +135,7 @@ def start(case: Case):
     )
     model = model_in_parts(case, saved, settings) if case.stage == 3 else whole_model(case, saved)
     model = model.bfloat16() if case.dtype == "bf16" else model
+    settings |= slices.settings(model.config, case.tensor)
     engine = zero.initialise(model, settings, betas=BETAS, weight_decay=DECAY, optimizer=case.optimizer)
     if saved:
         checkpoints.restore_state(saved, zero.fragments(engine))
@@ -127,9 +145,7 @@ def start(case: Case):
 
 
 def whole_model(case: Case, saved):
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(saved.model) if saved else fresh_model(case.preset)
+    return AutoModelForCausalLM.from_pretrained(saved.model) if saved else fresh_model(case.preset, case.model_type)
 
 
 def model_in_parts(case: Case, saved, settings):
@@ -139,8 +155,8 @@ def model_in_parts(case: Case, saved, settings):
 
 
 def step(engine, case: Case, number: int, rank: int) -> float:
-    mine = batch(number).chunk(case.ranks)[rank].split(case.micro_batch)
-    scale = case.ranks * len(mine) / (ROWS * (TOKENS - 1))
+    mine = batch(number).chunk(case.shares)[rank // case.tensor].split(case.micro_batch)
+    scale = zero.averaged_over(engine) * len(mine) / (ROWS * (TOKENS - 1))
     total = torch.zeros(1)
     for part in mine:
         nats = rows_nats(engine, part, following(part))
@@ -148,7 +164,7 @@ def step(engine, case: Case, number: int, rank: int) -> float:
         engine.step()
         total += nats.detach()
     dist.all_reduce(total)
-    return total.item() / (ROWS * (TOKENS - 1))
+    return total.item() / case.tensor / (ROWS * (TOKENS - 1))
 
 
 def save(engine, case: Case, rank: int) -> None:
@@ -171,20 +187,24 @@ def everyones(mine: dict[str, str], ranks: int) -> list[dict[str, str]]:
     return found
 
 
-def reference() -> list[float]:
-    """The same training by torch's AdamW on the whole batch, without DeepSpeed."""
-    model = fresh_model()
+def reference(model_type: str = "llama") -> list[float]:
+    return [loss for loss, _ in reference_steps(model_type)]
+
+
+def reference_steps(model_type: str = "llama") -> list[tuple[float, float]]:
+    """The same training by torch's AdamW on the whole batch, without DeepSpeed: losses and norms of the gradient."""
+    model = fresh_model(model_type=model_type)
     optimizer = torch.optim.AdamW(zero.parameter_groups(model, DECAY), lr=RATE, betas=BETAS)
-    losses = []
+    steps = []
     for number in range(STEPS):
         ids = batch(number)
         loss = next_token_nats(model(input_ids=ids).logits, ids) / (ROWS * (TOKENS - 1))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        steps.append((loss.item(), norm.item()))
+    return steps
 
 
 @pytest.mark.slow
@@ -245,8 +265,6 @@ def saved(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_checkpoint_loads_without_this_project(saved):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(checkpoints.newest(saved).model)
     assert model.lm_head.weight.shape == (VOCAB, PRESETS["micro"].hidden)
     assert not torch.equal(model.lm_head.weight, fresh_model().lm_head.weight), "it was trained"

@@ -106,6 +106,16 @@ def test_workers_that_share_rows_have_their_tokens_between_them(folder, workers,
         assert np.array_equal(of_group[0]["batch_targets"], whole["batch_targets"][place])
 
 
+def test_workers_that_share_layers_have_the_same_whole_rows(folder):
+    settings = SETTINGS.model_copy(update={"workers": 4, "tensor_parallel": 2, "objective": "causal"})
+    shared = RowStream.of(folder / "train", 1, settings, seed=7)
+    blocks = [columns(shared.block((3, 5), worker)) for worker in range(4)]
+    halves = RowStream.of(folder / "train", 1, SETTINGS.among(2), seed=7)
+    for worker, block in enumerate(blocks):
+        expected = columns(halves.block((3, 5), worker // 2))
+        assert all(np.array_equal(block[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_global_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder, share):
     whole = batches(stream(folder, masking(folder, share)), 0, 8)

@@ -82,6 +82,28 @@ def test_ranks_that_share_rows_hold_a_part_of_the_activations():
     assert shared["training"] == whole["training"]
 
 
+def test_ranks_that_share_the_layers_hold_a_part_of_each():
+    words = ("pretrain.zero_stage=1", "pretrain.workers=8", "pretrain.global_batch=8", "pretrain.micro_batch=1")
+    whole = plan.answer(load_recipe("7b-64gpu", words), Options())
+    shared = plan.answer(load_recipe("7b-64gpu", (*words, "pretrain.tensor_parallel=4")), Options())
+    shape, vocabulary = PRESETS["7b"], load_recipe("7b-64gpu").tokenizer.vocab_size
+    tables = 2 * vocabulary * shape.hidden
+    norms = (2 * shape.layers + 1) * shape.hidden
+    kept = (shape.parameters(vocabulary) - tables - norms) / 4 + tables + norms
+    assert [row["zero_stage"] for row in shared["memory"]] == [0, 1, 1, 2, 2]
+    assert [fit["zero_stage"] for fit in shared["fits"]] == [1, 2]
+    assert shared["memory"][1]["weights"] == pytest.approx(2 * kept, rel=1e-3)
+    assert shared["memory"][1]["optimizer"] == pytest.approx(12 * kept / 2, rel=1e-3)
+    assert shared["memory"][1]["activations"] < whole["memory"][1]["activations"]
+    assert shared["start"]["bytes"] == pytest.approx(2 * kept, rel=1e-3)
+    assert shared["training"] == whole["training"]
+
+
+def test_a_model_that_cannot_be_cut_has_no_plan():
+    with pytest.raises(BadInput, match="tensor_parallel is 3: 32 heads are no multiple"):
+        plan.answer(load_recipe("7b-64gpu", ("pretrain.workers=48", "pretrain.tensor_parallel=3")), Options())
+
+
 def test_a_rank_starts_with_its_share_of_a_large_model_and_the_largest_module():
     found = plan.answer(load_recipe("70b-512gpu"), Options())
     shape, vocabulary = PRESETS["70b"], load_recipe("70b-512gpu").tokenizer.vocab_size

@@ -7,7 +7,7 @@ from cluster.errors import BadInput
 from pipelines.recipe import RECIPES, load_recipe
 from pipelines.schema import ModelSettings
 from pipelines.stage import load_stages
-from pipelines.training import sequence_problems
+from pipelines.training import cutting_problems
 
 
 def refused(*overrides: str) -> str:
@@ -33,6 +33,8 @@ def refused(*overrides: str) -> str:
         ("sft.min_workers=1", "unknown setting 'sft.min_workers'"),
         ("pretrain.micro_batch=3", "a worker's 4 rows must be a multiple of micro_batch, which is 3"),
         ("pretrain.sequence_parallel=2", "sequence_parallel=2 needs GPUs: set gpus_per_worker"),
+        ("pretrain.tensor_parallel=2", "tensor_parallel=2 needs GPUs: set gpus_per_worker"),
+        ("pretrain.tensor_parallel=3", "workers must be a multiple of tensor_parallel: 2 in groups of 3"),
         ("pretrain.sequence_parallel=3", "workers must be a multiple of sequence_parallel: 2 in groups of 3"),
         ("pretrain.warmup_steps=60", "warmup_steps must be below steps: 60 of 60"),
         ("shards.sequence_length=300", "longer than the context of preset 'micro' (256 tokens)"),
@@ -64,6 +66,29 @@ def test_rows_that_must_be_whole_are_not_shared(overrides, said):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
+        (("pretrain.sequence_parallel=2", "pretrain.workers=4"), "tensor_parallel=2 needs sequence_parallel=1"),
+        (("pretrain.zero_stage=3",), "tensor_parallel=2 needs zero_stage=1 or 2"),
+        (("pretrain.optimizer=muon",), "tensor_parallel=2 needs optimizer=adamw"),
+        (("pretrain.compile=true",), "tensor_parallel=2 needs compile=false"),
+        (("pretrain.min_workers=1",), "min_workers must be null or workers where workers come in groups of 2"),
+        (("pretrain.objective=mixed",), "tensor_parallel must be 1 with objective=mixed, got 2"),
+    ],
+)
+def test_layers_are_shared_by_what_can_do_so(overrides, said):
+    assert said in refused("pretrain.gpus_per_worker=1", "pretrain.tensor_parallel=2", *overrides)
+
+
+def test_a_model_whose_layers_cannot_be_shared_is_named():
+    recipe = load_recipe("micro", ("pretrain.gpus_per_worker=1", "pretrain.tensor_parallel=2"))
+    assert cutting_problems(recipe, "pretrain") == []
+    assert (recipe.pretrain.shares, recipe.pretrain.rows_per_worker) == (1, 8)
+    (problem,) = cutting_problems(recipe.model_copy(update={"model": ModelSettings(preset="360m")}), "pretrain")
+    assert "pretrain.tensor_parallel is 2: 15 heads are no multiple of it" in str(problem.what)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
         (("pretrain.gpus_per_worker=0",), "offload=optimizer needs GPUs"),
         (("pretrain.offload_to=nvme",), "offload_to must be 'cpu' or an absolute path, got 'nvme'"),
         (("pretrain.offload=none",), "offload_to=/nvme needs offload=optimizer or all"),
@@ -81,8 +106,8 @@ def test_rows_shared_by_workers_are_dealt_out_in_fewer_shares():
     recipe = load_recipe("micro", ("pretrain.gpus_per_worker=1", "pretrain.sequence_parallel=2"))
     assert (recipe.pretrain.workers, recipe.pretrain.shares, recipe.pretrain.rows_per_worker) == (2, 1, 8)
     assert recipe.pretrain.identity() == load_recipe("micro").pretrain.identity()
-    assert sequence_problems(recipe, "pretrain") == []
-    (problem,) = sequence_problems(recipe.model_copy(update={"model": ModelSettings(preset="360m")}), "pretrain")
+    assert cutting_problems(recipe, "pretrain") == []
+    (problem,) = cutting_problems(recipe.model_copy(update={"model": ModelSettings(preset="360m")}), "pretrain")
     assert "pretrain.sequence_parallel is 2: 15 heads are no multiple of it" in str(problem.what)
 
 

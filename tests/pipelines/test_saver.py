@@ -49,12 +49,21 @@ def saved_and_gone_on(case: Case, folder: Path, file_bytes: int = parts.FILE_BYT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "file_bytes"), [(2, parts.FILE_BYTES), (3, parts.FILE_BYTES), (3, FILE_BYTES)])
-def test_training_goes_on_from_what_was_saved_beside_it(stage, file_bytes, tmp_path):
-    whole = train(Case(2, stage), tmp_path / "whole")
-    saved = saved_and_gone_on(Case(2, stage), tmp_path / "checkpoints", file_bytes)
+@pytest.mark.parametrize(
+    ("stage", "tensor", "file_bytes"),
+    [
+        (2, 1, parts.FILE_BYTES),
+        (3, 1, parts.FILE_BYTES),
+        (3, 1, FILE_BYTES),
+        (1, 2, FILE_BYTES),
+        (2, 2, parts.FILE_BYTES),
+    ],
+)
+def test_training_goes_on_from_what_was_saved_beside_it(stage, tensor, file_bytes, tmp_path):
+    whole = train(Case(2, stage, tensor=tensor), tmp_path / "whole")
+    saved = saved_and_gone_on(Case(2, stage, tensor=tensor), tmp_path / "checkpoints", file_bytes)
     assert (saved / "model/model.safetensors.index.json").exists() == (file_bytes == FILE_BYTES)
-    resumed = Case(2, stage, first=SAVED_AT, load=str(tmp_path / "checkpoints"))
+    resumed = Case(2, stage, first=SAVED_AT, load=str(tmp_path / "checkpoints"), tensor=tensor)
     assert train(resumed, tmp_path / "resumed") == whole[SAVED_AT:]
 
 

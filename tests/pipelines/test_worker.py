@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cluster.errors import StageFailed, Stopped
-from llm import checkpoint, zero
+from llm import checkpoint, slices, zero
 from llm.clocks import Clock
 from llm.packing import IGNORED
 from pipelines import checkpoints, records, training, worker
@@ -43,6 +43,9 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return 1
+
+    def autotp_size(self) -> int:
+        return 0
 
     def __init__(self, model: nn.Module, micro_batches: int):
         self.module, self.micro_batches, self.taken = model, micro_batches, 0
@@ -151,6 +154,38 @@ def test_the_gradient_is_the_same_for_a_number_of_workers_that_does_not_divide_t
         torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-5)
 
 
+def test_ranks_that_share_layers_drop_the_same_and_are_counted_once(monkeypatch):
+    """Four ranks in groups of two, a group with half of the rows: what all ranks gather is told once a group."""
+    settings = SETTINGS.model_copy(update={"workers": 4, "tensor_parallel": 2})
+    nats, tables = [], []
+    monkeypatch.setattr(worker.dist, "get_world_size", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(worker.dist, "get_rank", lambda rank=rank: rank)
+        whole, half = global_batch(0), slice(rank // 2 * ROWS // 2, (rank // 2 + 1) * ROWS // 2)
+        own = {name: values[half] for name, values in whole.arrays.items()}
+        mine = Batch(whole.rows[half], whole.targets, own, 0.0)
+        trainer = trainer_of(Engine(model_with(0.5), settings.forward_passes), settings)
+        nats.append(Trainer._forward_backward(trainer, mine))
+        tables.append((trainer, mine))
+    assert nats[0] == nats[1] != nats[2] == nats[3]
+
+    sent: list[torch.Tensor] = []
+
+    def everyones(into: list[torch.Tensor], mine: torch.Tensor) -> None:
+        sent.append(mine)
+        for target, one in zip(into, sent, strict=False):
+            target.copy_(one)
+
+    monkeypatch.setattr(worker.dist, "all_gather", everyones)
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: 1)
+    for (trainer, mine), own_nats in zip(tables, nats, strict=True):
+        trainer.slowness, trainer._tell_slow = None, lambda forward_s: None
+        trainer.job.stream.global_batch = ROWS
+        total, rows, _, _ = Trainer._gather(trainer, own_nats, mine)
+    assert total == pytest.approx(nats[0] + nats[2])
+    assert rows == list(range(ROWS))
+
+
 def test_the_micro_batches_of_a_step_are_told_apart(one_rank):
     trainer = trainer_of(Engine(model_with(0.0), 4))
     trainer.step = 7
@@ -188,6 +223,7 @@ def test_the_optimizer_step_waits_for_the_copy_and_what_is_saved_is_the_step_nam
 
     monkeypatch.setattr(checkpoint, "_copy", slow_copy)
     monkeypatch.setattr(zero, "is_sharded", lambda engine: False)
+    monkeypatch.setattr(slices, "parts_of", lambda engine: 1)
     monkeypatch.setattr(zero, "whole_weights", lambda engine: {"weight": model.weight.data})
     views = {"weight": model.weight.data.view(-1)}
     monkeypatch.setattr(zero, "counters", lambda engine: {"steps": 1.0})
