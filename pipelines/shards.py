@@ -41,6 +41,7 @@ from pipelines.stage import Demand, Outcome, Stage, StageRun
 
 SCHEMA_VERSION = 2
 SETS = ("train", "held_out")
+BEGINS, ENDS = slice(None, -1), slice(1, None)  # of the offsets of lists
 SET_KEYS = ("documents", "tokens", "text_bytes")
 
 
@@ -173,10 +174,8 @@ def _ranges(tokens: int, tokens_per_shard: int) -> list[dict[str, Any]]:
 def _shuffle(number: int, item: dict[str, Any], step: Step, tokens: Step, target: Path, tokenizer: Path) -> Summary:
     """Write the shard of a range of keys, and leave the lengths of its documents."""
     heaps = [tokens.file(part, _heap_name(item["set"], item["source"])) for part in item["files"]]
-    table = pa.concat_tables([_in_range(path, int(item["low"]), int(item["high"])) for path in heaps])
-    # Stable: the files of a repository, which have one key, stay in the order in which they were read.
-    order = np.argsort(table.column("key").to_numpy(), kind="stable")
-    table = table.take(pa.array(order)).combine_chunks()
+    parts = [_in_range(path, int(item["low"]), int(item["high"])) for path in heaps]
+    table = _in_order([part for part in parts if part.num_rows] or parts[:1])
     name = f"{item['set']}/shard-{item['place']:03d}-{item['number']:05d}.arrow"
     told = {"number": number, "set": item["set"], "source": item["source"], "name": name, "documents": table.num_rows}
     if not table.num_rows:
@@ -189,6 +188,26 @@ def _shuffle(number: int, item: dict[str, Any], step: Step, tokens: Step, target
     write_table(step.file(number, "arrow"), length=lengths)
     text_bytes = pc.sum(table.column("text_bytes")).as_py()
     return {**told, "facts": facts(target / name), "tokens": int(lengths.sum()), "text_bytes": text_bytes}
+
+
+def _in_order(parts: list[pa.Table]) -> pa.Table:
+    """All documents by their keys, in one piece; files of a repository, which have one key, as they were read."""
+    table = pa.concat_tables(parts)
+    order = np.argsort(table.column("key").to_numpy(), kind="stable")
+    rest = table.drop_columns("tokens").take(pa.array(order)).combine_chunks()
+    return rest.append_column("tokens", _tokens_in(order, [part.column("tokens").combine_chunks() for part in parts]))
+
+
+def _tokens_in(order: np.ndarray, lists: list[pa.LargeListArray]) -> pa.LargeListArray:
+    """The documents of `lists` in that order, copied one by one: Arrow's `take` makes 8 bytes of index a token."""
+    values = [one.values.to_numpy() for one in lists]
+    of = np.repeat(np.arange(len(lists)), [len(one) for one in lists])[order].tolist()
+    begin, end = (np.concatenate([one.offsets.to_numpy()[side] for one in lists])[order] for side in (BEGINS, ENDS))
+    offsets = np.concatenate([[0], (end - begin).cumsum()])
+    copy = np.empty(offsets[-1], values[0].dtype)
+    for at, number, first, last in zip(offsets.tolist(), of, begin.tolist(), end.tolist(), strict=False):
+        copy[at : at + last - first] = values[number][first:last]
+    return pa.LargeListArray.from_arrays(offsets, copy)
 
 
 def _in_range(path: Path, low: int, high: int) -> pa.Table:

@@ -356,3 +356,18 @@ def test_any_text_survives(trained, text):
 def test_digits_are_split_one_by_one(trained):
     pieces = [trained.convert_ids_to_tokens(token) for token in encode_text(trained, "1984 12")]
     assert [piece.lstrip("Ġ") for piece in pieces if piece != "Ġ"] == ["1", "9", "8", "4", "1", "2"]
+
+
+def test_documents_are_put_in_order_as_arrow_would():
+    draw = np.random.default_rng(0)
+    lengths = [draw.integers(1, 9, count) for count in (7, 1, 5)]
+    lists = [
+        pa.LargeListArray.from_arrays(np.concatenate([[0], one.cumsum()]), draw.integers(0, 99, one.sum(), np.uint16))
+        for one in lengths
+    ]
+    keys = [np.sort(draw.integers(0, 6, len(one))) for one in lengths]
+    tables = [pa.table({"key": key, "tokens": one}) for key, one in zip(keys, lists, strict=True)]
+    parts = [tables[0].slice(2, 4), *tables[1:]]
+    whole = pa.concat_tables(parts)
+    expected = whole.take(np.argsort(whole["key"].to_numpy(), kind="stable"))
+    assert shards._in_order(parts).equals(expected.combine_chunks())
