@@ -13,6 +13,7 @@ import pytest
 from llm.chat import DROPPED_TURNS, render_turns
 from llm.loading import load
 from llm.sampling import SamplingParams
+from serve.replica import MAX_REQUESTS
 from tests.serve.local import local_service
 
 MESSAGES = [
@@ -252,11 +253,13 @@ def test_bodies_that_are_no_request(address):
 
 
 def test_a_client_that_disconnects_leaves_its_slots_to_others(address, post):
+    """Were they kept until their answers end, there would soon be more than may wait."""
     body = {"model": "tiny", "messages": MESSAGES, "n": 16, "stream": True}
-    for _ in range(3):
+    for _ in range(2 * MAX_REQUESTS // 16):
         with httpx.stream("POST", f"{address}/chat/completions", json=body, timeout=60) as response:
+            assert response.status_code == 200
             next(response.iter_lines())
-    assert post(max_tokens=1).elapsed.total_seconds() < 1.5
+    assert post(max_tokens=1).status_code == 200
 
 
 def test_a_long_text_delays_nobody_else(address, post):
