@@ -41,7 +41,6 @@ from pipelines.stage import Demand, Outcome, Stage, StageRun
 
 SCHEMA_VERSION = 2
 SETS = ("train", "held_out")
-BEGINS, ENDS = slice(None, -1), slice(1, None)  # of the offsets of lists
 SET_KEYS = ("documents", "tokens", "text_bytes")
 
 
@@ -202,7 +201,8 @@ def _tokens_in(order: np.ndarray, lists: list[pa.LargeListArray]) -> pa.LargeLis
     """The documents of `lists` in that order, copied one by one: Arrow's `take` makes 8 bytes of index a token."""
     values = [one.values.to_numpy() for one in lists]
     of = np.repeat(np.arange(len(lists)), [len(one) for one in lists])[order].tolist()
-    begin, end = (np.concatenate([one.offsets.to_numpy()[side] for one in lists])[order] for side in (BEGINS, ENDS))
+    begin = np.concatenate([one.offsets.to_numpy()[:-1] for one in lists])[order]
+    end = np.concatenate([one.offsets.to_numpy()[1:] for one in lists])[order]
     offsets = np.concatenate([[0], (end - begin).cumsum()])
     copy = np.empty(offsets[-1], values[0].dtype)
     for at, number, first, last in zip(offsets.tolist(), of, begin.tolist(), end.tolist(), strict=False):

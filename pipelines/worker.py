@@ -315,13 +315,9 @@ class Trainer:
         self._tell_slow(figures["forward_s"])
         means: dict[str, float] = {name: fmean(values) for name, values in figures.items()}
         means["peak_rss_mb"] = float(table[:, 2].max())
-        rows = (
-            table[:: self.job.settings.group, 3 + len(names) :]
-            .flatten()
-            .long()
-            .tolist()[: self.job.stream.global_batch]
-        )
-        return float(table[:, 0].sum()) / self.job.settings.tensor_parallel, rows, bool(table[:, 1].any()), means
+        settings = self.job.settings
+        rows = table[:: settings.group, 3 + len(names) :].flatten().long().tolist()[: self.job.stream.global_batch]
+        return float(table[:, 0].sum()) / settings.tensor_parallel, rows, bool(table[:, 1].any()), means
 
     def _tell_slow(self, forward_s: list[float]) -> None:
         """Ranks wait for one another in every other phase, so the forward pass tells which of them is slow.
