@@ -29,12 +29,17 @@ QUIET = {
 }
 # Where Ray is this machine alone: no watcher for nodes about to be taken away, whose actor costs seconds to start, and
 # workers looked at more often than every 2 s, which is how long Ray Train takes to see that they have ended. A process
-# whose task is done is kept for the next, with all that it has imported, rather than ended after a second. Those that
-# Ray starts in advance fit none of our tasks, which have a runtime environment.
+# whose task is done is kept half a minute for the next, with all that it has imported, rather than a second; not for
+# ever, for an idle process of Ray's wakes up a hundred times a second, which training waits for. Those that Ray starts
+# in advance fit none of our tasks, which have a runtime environment. Nothing here reads Ray's own metrics.
 ALONE = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_num_workers_soft_limit": "4",
+    "RAY_num_workers_soft_limit": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "30000",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
 }
 
@@ -79,8 +84,16 @@ def _connect(address: str | None, object_store_mb: int) -> None:
         ray.init(address=address, **common)
     else:
         ray.init(num_cpus=usable_cpus(), include_dashboard=False, object_store_memory=object_store_mb << 20, **common)
+        _end_log_monitor()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)  # Ray puts in its own, which exits with 15
+
+
+def _end_log_monitor() -> None:
+    """It hands on what workers print, which nobody here asks for, and takes 1 % of a core for that."""
+    from ray._private.worker import global_worker
+
+    global_worker.node.kill_log_monitor()
 
 
 def _python_path() -> str:

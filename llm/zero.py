@@ -90,7 +90,8 @@ def zero_settings(
         "fp16": {"enabled": dtype == "fp16"},
         "zero_optimization": {
             "stage": stage,
-            "contiguous_gradients": True,
+            # Copied into a buffer, they don't scatter a GPU's memory; on a CPU it is a copy more.
+            "contiguous_gradients": torch.cuda.is_available() or stage == 3,
             "overlap_comm": torch.cuda.is_available(),
             "stage3_gather_16bit_weights_on_model_save": True,
             **{f"offload_{what}": places[what] for what in offloaded},

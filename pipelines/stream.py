@@ -34,6 +34,7 @@ from llm.order import Mixture, batch_rows, spread
 from llm.packing import RowReader, split_rows
 from pipelines.schema import TrainingSettings
 
+STREAM = "train"  # its name among Ray Train's datasets
 REST_S = 0.05
 SINGLE_ROWS = 512  # held-out rows of which one token by itself is to be guessed, at most
 BLOCK_BYTES = 8 << 20  # of one worker's rows in one span: far below Ray Data's block size, which would be cut
@@ -108,7 +109,7 @@ class RowStream:
         starts = range(self.first_step, self.last_step, length)
         return [(start, min(start + length, self.last_step)) for start in starts]
 
-    def block(self, span: tuple[int, int], worker: int) -> pa.Table:
+    def part(self, span: tuple[int, int], worker: int) -> dict[str, np.ndarray]:
         """One worker's rows for a span: `step`, `row`, `batch_targets` (targets in the whole global batch), tokens."""
         plans, share = [self._filled(self.plan_of_batch(step)) for step in range(*span)], self.share
         place, part = divmod(worker, self.group)
@@ -116,14 +117,16 @@ class RowStream:
         tokens = self.read(mine)
         if self.cut:
             tokens = split_rows(tokens, part, self.group)
-        return pa.table(
-            {
-                "step": np.repeat(np.arange(*span), share),
-                "row": mine.rows,
-                "batch_targets": np.repeat([int(plan.targets.sum()) for plan in plans], share),
-                **{name: _column(values) for name, values in tokens.items()},
-            }
-        )
+        return {
+            "step": np.repeat(np.arange(*span), share),
+            "row": mine.rows,
+            "batch_targets": np.repeat([int(plan.targets.sum()) for plan in plans], share),
+            **tokens,
+        }
+
+    def block(self, span: tuple[int, int], worker: int) -> pa.Table:
+        """The same, for Ray Data."""
+        return pa.table({name: _column(values) for name, values in self.part(span, worker).items()})
 
     def _filled(self, plan: Plan) -> Plan:
         return joined([plan, empty(self.workers // self.group * self.share - len(plan.rows))])
@@ -217,19 +220,18 @@ def _column(values: np.ndarray) -> pa.Array:
 
 
 class Dealt(DataConfig):
-    """Deals streams out at each start of the workers, when it is known how many they are and where they begin.
+    """Deals the stream out at each start of the workers, when it is known how many they are and where they begin.
 
-    Ray Train is given their names alone, in place of datasets.
+    Ray Train is given its name alone, in place of a dataset.
     """
 
-    def __init__(self, streams: dict[str, Callable[[int], ray.data.Dataset]]):
-        """streams: by name, what makes the dataset for a number of workers. Called when rank 0 asks for its shard."""
+    def __init__(self, made_for: Callable[[int], ray.data.Dataset]):
+        """made_for: makes the dataset for a number of workers. Called when rank 0 asks for its shard."""
         super().__init__(execution_options=ExecutionOptions(preserve_order=True))
-        self._streams = streams
+        self._made_for = made_for
 
     def configure(self, datasets, world_size, *args, **kwargs):
-        made = {name: self._streams[name](world_size) for name in datasets}
-        return super().configure(made, world_size, *args, **kwargs)
+        return super().configure({STREAM: self._made_for(world_size)}, world_size, *args, **kwargs)
 
 
 @lru_cache(maxsize=4)

@@ -27,7 +27,7 @@ from pipelines import checkpoints, failures, records
 from pipelines.recipe import Recipe
 from pipelines.schema import TrainingSettings
 from pipelines.stage import Demand
-from pipelines.stream import Dealt, RowStream
+from pipelines.stream import STREAM, Dealt, RowStream
 from pipelines.worker import Job, work
 
 GROW_S = 30.0  # seconds between looks for room for more workers
@@ -118,12 +118,12 @@ def _explained(error: Exception, folder: Path) -> StageFailed:
 
 
 def _trainer(job: Job):
-    """The Ray Train trainer. The streams are functions: each (re)start of the workers calls them anew."""
+    """The Ray Train trainer. The stream is a function: each (re)start of the workers calls it anew."""
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    settings, streams = job.settings, _streams(job)
-    return TorchTrainer(
+    settings = job.settings
+    trainer = TorchTrainer(
         work,
         train_loop_config=job,
         scaling_config=_scaling(settings),
@@ -134,9 +134,23 @@ def _trainer(job: Job):
             failure_config=FailureConfig(max_failures=settings.max_failures),
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if settings.gpus_per_worker else "cpu"}},
         ),
-        datasets=dict.fromkeys(streams),
-        dataset_config=Dealt(streams),
+        datasets={STREAM: None},
+        dataset_config=Dealt(lambda workers: _rest_of(job.among(workers)).dataset(settings.data_cpus)),
     )
+    return _without_cleaner(trainer)
+
+
+def _without_cleaner(trainer):
+    """Ray Train without the actor that frees what a lost controller has reserved: our driver ends with it, and then
+    Ray frees it. One process fewer to start, and to wait for while it wakes up.
+    """
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    made = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [
+        one for one in made() if not isinstance(one, PlacementGroupCleanerCallback)
+    ]
+    return trainer
 
 
 def _scaling(settings: TrainingSettings):
@@ -163,15 +177,6 @@ def _start_timeout(settings: TrainingSettings) -> Iterator[None]:
         yield
     finally:
         del os.environ[TIMEOUT_VARIABLE]
-
-
-def _streams(job: Job) -> dict[str, Callable[[int], Any]]:
-    """What makes each dataset for a number of workers."""
-    cpus = job.settings.data_cpus
-    streams: dict[str, Callable[[int], Any]] = {"train": lambda workers: _rest_of(job.among(workers)).dataset(cpus)}
-    if (held_out := job.held_out) is not None:
-        streams["held_out"] = lambda workers: held_out.among(job.settings.among(workers)).dataset(cpus)
-    return streams
 
 
 def _rest_of(job: Job) -> RowStream:

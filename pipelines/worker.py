@@ -33,14 +33,14 @@ import torch.distributed as dist
 from cluster import mirror
 from cluster.progress import log_to
 from cluster.runs import canonical_hash, stop_is_asked
-from llm import checkpoint, clocks, flops, guard, sequence, slices, zero
+from llm import attention, checkpoint, clocks, flops, guard, matmul, sequence, slices, zero
 from llm.checkpoint import Checkpoint
 from llm.parts import Share
 from llm.vocabulary import load_tokenizer
 from llm.watchdog import Watchdog
 from pipelines import checkpoints, failures, records
 from pipelines.schema import TrainingSettings
-from pipelines.stream import HeldOutRows, RowStream
+from pipelines.stream import STREAM, HeldOutRows, RowStream
 
 WRITER_WAIT_S = 60.0
 TELLING_S = 20.0
@@ -114,7 +114,7 @@ def work(job: Job) -> None:
         origin = _taken_over(job, files)
         if origin.begun.step >= job.settings.steps:
             return  # what ended the workers came after the last save
-        shard = ray.train.get_dataset_shard("train")  # which begins where that says
+        shard = ray.train.get_dataset_shard(STREAM)  # which begins where that says
         share = job.settings.rows_per_worker
         batches = started(iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)))
         trainer = Trainer.start(job, origin, files)
@@ -126,7 +126,7 @@ def work(job: Job) -> None:
                 return  # the driver starts the workers again, and they begin before it, unless it is to give up
             last = step + 1 == job.settings.steps
             if job.held_out and (last or _due(step, job.settings.evaluate_every)):
-                trainer.evaluate(ray.train.get_dataset_shard("held_out"))
+                trainer.evaluate(job.held_out)
             if last or stop or _due(step, job.settings.save_every):
                 trainer.save()
             if last or stop:
@@ -165,12 +165,17 @@ class Batch:
 def next_batch(batches: Iterator[dict[str, np.ndarray]], step: int) -> Batch:
     """The rows of `step`, refused if the stream hands over any other."""
     begun = time.monotonic()
-    columns = dict(next(batches))
-    steps = columns.pop("step")
-    if not (steps == step).all():
-        raise RuntimeError(f"the stream handed rows of step {sorted(set(steps.tolist()))} to step {step}")
-    rows, targets = columns.pop("row"), columns.pop("batch_targets")
-    return Batch(rows, int(targets[0]), columns, time.monotonic() - begun)
+    columns = next(batches)
+    if not (columns["step"] == step).all():
+        raise RuntimeError(f"the stream handed rows of step {sorted(set(columns['step'].tolist()))} to step {step}")
+    return _batch_of(columns, time.monotonic() - begun)
+
+
+def _batch_of(columns: dict[str, np.ndarray], waited_s: float = 0.0) -> Batch:
+    """columns: what the stream has of one step (`RowStream.part`)."""
+    told = ("step", "row", "batch_targets")
+    arrays = {name: values for name, values in columns.items() if name not in told}
+    return Batch(columns["row"], int(columns["batch_targets"][0]), arrays, waited_s)
 
 
 class Taken(NamedTuple):
@@ -387,16 +392,15 @@ class Trainer:
             records.append(self.job.folder / records.EVENTS, event)
 
     @torch.no_grad()
-    def evaluate(self, shard) -> None:
+    def evaluate(self, rows: HeldOutRows) -> None:
         """Mean loss over the targets of the held-out rows, in nats, as of the step just taken. Collective.
 
-        The rows come through Ray Data the first time and are kept: starting a stream costs seconds.
+        Each rank reads its own, once: they are few, and a stream would cost seconds and processes.
         """
-        assert self.job.held_out is not None
         self.watchdog.at(self.step - 1, "evaluation")
         if not self.held_out:
-            batches = iter(shard.iter_batches(batch_size=self.job.held_out.share, batch_format="numpy"))
-            self.held_out = [next_batch(batches, step) for step in range(self.job.held_out.last_step)]
+            spans = [(step, step + 1) for step in range(rows.last_step)]
+            self.held_out = [_batch_of(rows.part(span, dist.get_rank())) for span in spans]
         self.engine.eval()
         sums = (self.job.evaluation or self._mean_nats)(self.engine, [self._tensors(batch) for batch in self.held_out])
         for pair in sums.values():
@@ -506,6 +510,10 @@ def _start_engine(job: Job, saved: Checkpoint | None, offload_to: str) -> tuple[
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parts = settings.sequence_parallel
+    if device.type == "cpu" and settings.dtype == "fp32":
+        matmul.use_the_fastest()
+    if device.type == "cpu" and parts == 1 and not settings.compile:  # a compiler would stop at each of its blocks
+        attention.attend_by_pieces(model)
     engine = zero.initialise(
         model.bfloat16() if settings.dtype == "bf16" else model,
         ds_settings | slices.settings(model.config, settings.tensor_parallel),

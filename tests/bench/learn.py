@@ -127,7 +127,7 @@ def _pretrained(seed: int, steps: int, **pretrain: Any) -> Path:
     run = prepared(L4_256)
     shutil.rmtree(run / "pretrain", ignore_errors=True)
     words = drive(L4_256, run, "pretrain", "pretrain", settings_of(seed, steps, **pretrain))
-    processes.followed(words, WORK / "ours.log", run / "pretrain" / "metrics.jsonl")
+    processes.followed(words, WORK / "ours.log", run / "pretrain" / "metrics.jsonl", every_s=1.0)
     return run
 
 

@@ -45,6 +45,7 @@ WARM_UP = 4  # steps left out, in either arm
 MEASURED = {L4_256.name: 30, L8_512.name: 12}
 SAVE_EVERY, SAVES = 8, 4
 WAIT_LIMIT = 0.01
+SELDOM_S = 0.5  # between looks at records that tell themselves how long their step took
 SHORTEST_STALL_S = 0.001  # below it nothing is told apart
 
 Arm = Callable[[Plan], Turn]
@@ -147,7 +148,7 @@ def _told(plan: Plan, mine: dict[str, Any]) -> dict[str, Any]:
 
 def train(plan: Plan) -> Turn:
     """Seconds of the measured steps as the stage itself recorded them."""
-    return turn_of(_pretrained(plan))
+    return turn_of(_pretrained(plan, SELDOM_S))
 
 
 def turn_of(seen: list[Seen]) -> Turn:
@@ -186,13 +187,13 @@ def stalls(seen: list[Seen], every: int) -> tuple[float, float]:
     return max(stall, SHORTEST_STALL_S), median(after)
 
 
-def _pretrained(plan: Plan) -> list[Seen]:
+def _pretrained(plan: Plan, every_s: float = processes.LOOK_EVERY_S) -> list[Seen]:
     """The records of a pretraining from the first step to the last, and when each was written."""
     run = prepared(plan.model)
     stage = run / "pretrain"
     shutil.rmtree(stage, ignore_errors=True)
     words = drive(plan.model, run, "pretrain", "pretrain", recipe_settings(plan.model, **plan.settings()))
-    return processes.followed(words, WORK / "ours.log", stage / "metrics.jsonl")
+    return processes.followed(words, WORK / "ours.log", stage / "metrics.jsonl", every_s=every_s)
 
 
 # The peers' arms
