@@ -3,9 +3,10 @@
 reads   FOLDER/tokenizer.json   nothing else of the folder, and no code
 writes  nothing
 
-What is taken is the splitting, the merges and the ids. Special tokens of ours that are missing come behind the
-folder's ids, in our order; one that is spelt the same keeps the folder's id. The chat template is ours, and what the
-folder would put round a text (a begin-of-text token) is dropped: a run renders and parts text in one way.
+What is taken is the splitting, the merges and the ids. Behind the folder's ids come bytes for which it has no token
+(SmolLM2's lacks 21 of the 256, which its text never had), then special tokens of ours that are missing, in our order;
+one that is spelt the same keeps the folder's id. The chat template is ours, and what the folder would put round a text
+(a begin-of-text token) is dropped: a run renders and parts text in one way.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def adopt(folder: Path) -> PreTrainedTokenizerFast:
     """
     from tokenizers import AddedToken, Tokenizer
 
-    body = json.dumps(_admitted(folder))
+    body = _completed(_admitted(folder))
     try:
-        backend = Tokenizer.from_str(body)
+        backend = Tokenizer.from_str(json.dumps(body))
     except Exception as error:  # of no kind of its own
         raise ValueError(f"the tokenizer in {folder} can't be read: {error}") from None
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
@@ -50,7 +51,7 @@ def size_of(folder: Path) -> int:
 
 def adopted_size(folder: Path) -> int:
     """How many it has once it is adopted."""
-    body = _admitted(folder)
+    body = _completed(_admitted(folder))
     there = {*body["model"]["vocab"], *(one["content"] for one in body.get("added_tokens", []))}
     return len(_ids(body)) + len(set(SPECIAL_TOKENS) - there)
 
@@ -81,6 +82,20 @@ def _rows_of_ids(model: PreTrainedModel) -> list[torch.Tensor]:
     output = model.get_output_embeddings()
     found = [model.get_input_embeddings().weight, *([] if output is None else output.parameters(recurse=False))]
     return list({weight.data_ptr(): weight for weight in found}.values())
+
+
+def _completed(body: dict[str, Any]) -> dict[str, Any]:
+    """With a token for each byte. All special tokens have to be in the vocabulary then: one that is not is numbered
+    anew when it is read, by how many the vocabulary has.
+    """
+    vocab, added = body["model"]["vocab"], body.get("added_tokens", [])
+    missing = _missing_bytes(body)
+    if not missing:
+        return body
+    vocab = vocab | {one["content"]: one["id"] for one in added}
+    for token in (*missing, *(one for one in SPECIAL_TOKENS if one not in vocab)):
+        vocab[token] = len(vocab)
+    return body | {"model": body["model"] | {"vocab": vocab}}
 
 
 # What is admitted
@@ -119,12 +134,16 @@ def _defects(body: dict[str, Any]) -> Iterator[str]:
         yield "puts a space before every text (add_prefix_space)"
     if model.get("dropout"):
         yield f"leaves out merges by chance (dropout {model['dropout']})"
-    if missing := set(byte_letters()) - set(model.get("vocab", {})):
-        yield f"has no token for {len(missing)} of the 256 bytes"
+    if model.get("ignore_merges") and (missing := _missing_bytes(body)):
+        yield f"has no token for {len(missing)} of the 256 bytes, and takes whole words before merges"
     ids = _ids(body)
     if ids != set(range(len(ids))):
         yield f"has {len(ids)} ids that go up to {max(ids)}: there are gaps"
     yield from (f"has the added token {token!r} that isn't special" for token in _ordinary(body))
+
+
+def _missing_bytes(body: dict[str, Any]) -> list[str]:
+    return [letter for letter in byte_letters() if letter not in body["model"].get("vocab", {})]
 
 
 def _ids(body: dict[str, Any]) -> set[int]:

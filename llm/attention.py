@@ -88,9 +88,8 @@ class _Pieces(torch.autograd.Function):
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         sums = []
         for block in blocks:
-            queries, keys, values = _seen(block, query, key, value)
             part, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                queries, keys, values, **_how(block, query, scaling)
+                *_seen(block, query, key, value), **_how(block, query, scaling)
             )
             out[block.row, block.begin : block.end] = part[0].transpose(0, 1)
             sums.append(log_sum)
@@ -103,13 +102,10 @@ class _Pieces(torch.autograd.Function):
         query, key, value, out, *sums = ctx.saved_tensors
         for_query, for_key, for_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for block, log_sum in zip(ctx.blocks, sums, strict=True):
-            queries, keys, values = _seen(block, query, key, value)
-            given, told = (
-                one[block.row : block.row + 1, block.begin : block.end].transpose(1, 2) for one in (gradient, out)
-            )
+            seen, (result, gradients) = _seen(block, query, key, value), _answered(block, out, gradient)
             how = _how(block, query, ctx.scaling)
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                given, queries, keys, values, told, log_sum, 0.0, how.pop("is_causal"), **how
+                gradients, *seen, result, log_sum, 0.0, how.pop("is_causal"), **how
             )
             for_query[block.row, :, block.begin : block.end] = parts[0][0]
             for_key[block.row, :, block.first : block.end] += parts[1][0]
@@ -118,6 +114,7 @@ class _Pieces(torch.autograd.Function):
 
 
 def _seen(block: Block, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The block's queries (1, H, N, D), and the keys and values that they see."""
     row = slice(block.row, block.row + 1)
     keys = slice(block.first, block.end)
     return query[row, :, block.begin : block.end], key[row, :, keys], value[row, :, keys]

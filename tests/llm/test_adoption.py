@@ -109,9 +109,9 @@ def test_words_of_it_are_hidden_for_masked_pretraining(run_tokenizer):
     assert taken.mask_token_id in hidden.input_ids
 
 
-def bpe(tmp_path: Path, *, normalizer=None, prefix=False, dropout=None, drop="", added=None) -> Path:
-    vocab = {letter: number for number, letter in enumerate(one for one in sorted(byte_letters()) if one != drop)}
-    backend = Tokenizer(models.BPE(vocab, [], dropout=dropout))
+def bpe(tmp_path: Path, *, normalizer=None, prefix=False, dropout=None, drop="", added=None, whole=False) -> Path:
+    vocab = {letter: number for number, letter in enumerate(one for one in sorted(byte_letters()) if one not in drop)}
+    backend = Tokenizer(models.BPE(vocab, [], dropout=dropout, ignore_merges=whole))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=prefix)]
     )
@@ -131,7 +131,7 @@ def bpe(tmp_path: Path, *, normalizer=None, prefix=False, dropout=None, drop="",
         ({"normalizer": normalizers.NFC()}, "changes text before it splits it"),
         ({"prefix": True}, "puts a space before every text"),
         ({"dropout": 0.1}, r"leaves out merges by chance \(dropout 0.1\)"),
-        ({"drop": "A"}, "no token for 1 of the 256 bytes"),
+        ({"drop": "A", "whole": True}, "no token for 1 of the 256 bytes, and takes whole words before merges"),
         ({"added": "  "}, "added token '  ' that isn't special"),
     ],
 )
@@ -139,6 +139,27 @@ def test_what_loses_text_is_refused_by_name(tmp_path, defect, said):
     with pytest.raises(ValueError, match=said):
         adopt(bpe(tmp_path, **defect))
     assert len(adopt(bpe(tmp_path))) == 256 + len(SPECIAL_TOKENS)
+
+
+@pytest.mark.parametrize("added", [None, AddedToken("<|theirs|>", special=True, normalized=False)])
+def test_bytes_without_a_token_get_one_behind_and_no_text_is_lost(tmp_path, added):
+    bare = bpe(tmp_path, drop="AB", added=added)
+    taken, known = adopt(bare), size_of(bare)
+    assert known == 254 + bool(added)
+    assert sorted(taken.convert_tokens_to_ids(["A", "B"])) == [known, known + 1]
+    missing = [token for token in SPECIAL_TOKENS if token != "<|theirs|>"]
+    assert sorted(taken.convert_tokens_to_ids(missing)) == list(range(known + 2, len(taken)))
+    if added:
+        assert taken.convert_tokens_to_ids("<|theirs|>") == 254
+    text = "ABBA 日本 <|theirs|> <|user|> B"
+    ids = encode_text(taken, text)
+    assert taken.decode(ids) == text
+    assert token_bytes(taken)[ids].sum() == len(text.encode())
+    assert adopted_size(bare) == len(taken)
+    taken.save_pretrained(tmp_path / "run")
+    again = load_tokenizer(tmp_path / "run")
+    assert fingerprint(again) == fingerprint(taken) == fingerprint(adopt(tmp_path / "run"))
+    assert load_encoder(tmp_path / "run" / "tokenizer.json").encode(text).tolist() == ids
 
 
 def test_other_kinds_and_gaps_are_refused_by_name(tmp_path):
