@@ -1,7 +1,7 @@
 """Matrix products in fp32 by oneDNN where torch's own are slow.
 
-torch multiplies matrices in fp32 by MKL, which makes less of AMD's processors: at the shapes of a transformer 90 to 170
-GFLOP/s on two cores that reach 180 to 200 by oneDNN, which torch brings along (tests/bench/LOG.md).
+torch multiplies matrices in fp32 by MKL, which makes less of AMD's processors: at the shapes of a transformer 90 to
+170 GFLOP/s on two cores that reach 180 to 200 by oneDNN, which torch brings along (tests/bench/LOG.md).
 """
 
 from __future__ import annotations
