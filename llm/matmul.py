@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import library as kernels
 
 LEAST_FLOPS = 2**25  # of a product; below it the detour through Python costs more than oneDNN saves
 
@@ -28,9 +29,9 @@ def _mkl_is_slow(cpuinfo: Path) -> bool:
 
 
 @cache
-def _override() -> torch.library.Library:
+def _override() -> kernels.Library:
     """Put `product` in the place of aten::mm on CPUs: what linear layers come to, forward and backward."""
-    library = torch.library.Library("aten", "IMPL")
+    library = kernels.Library("aten", "IMPL")
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that a kernel is replaced
         library.impl("mm", product, "CPU")
     return library

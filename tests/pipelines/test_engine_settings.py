@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from llm.attention import ATTENTION
 from pipelines import worker
 from pipelines.schema import PretrainSettings
 from tests.llm.ranks import on_ranks
@@ -28,6 +29,8 @@ PLAIN = {
     "passes": 2,
     "clip": 1.0,
     "tensor": 1,
+    "attention": ATTENTION,
+    "fastest_products": True,
 }
 
 
@@ -35,10 +38,14 @@ def rank_main(rank: int, words: dict[str, Any], folder: str) -> None:
     settings = PretrainSettings(**{**BASE, **words})
     join(rank, Case(settings.workers, settings.zero_stage), folder)
     job = SimpleNamespace(settings=settings, build=lambda saved, share: fresh_model())
-    with mock.patch("ray.train.torch.get_device", return_value=torch.device("cpu")):
+    with (
+        mock.patch("ray.train.torch.get_device", return_value=torch.device("cpu")),
+        mock.patch("llm.matmul.use_the_fastest") as fastest,
+    ):
         engine, _ = worker._start_engine(job, None, "cpu")  # type: ignore[arg-type]
     if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(effects(engine)))
+        found = effects(engine) | {"fastest_products": fastest.called}
+        Path(folder, "found.json").write_text(json.dumps(found))
     leave()
 
 
@@ -54,6 +61,7 @@ def effects(engine: Any) -> dict[str, Any]:
         "passes": engine.gradient_accumulation_steps(),
         "clip": engine.gradient_clipping(),
         "tensor": max(1, engine.autotp_size()),
+        "attention": engine.module.config._attn_implementation,
     }
 
 
@@ -63,9 +71,9 @@ def effects(engine: Any) -> dict[str, Any]:
     [
         ({}, {}),
         ({"activation_checkpointing": True}, {"checkpointing": True}),
-        ({"compile": True}, {"compiled": True}),
+        ({"compile": True}, {"compiled": True, "attention": "sdpa"}),
         ({"offload": "optimizer"}, {"offloaded": True}),
-        ({"zero_stage": 1, "dtype": "bf16"}, {"stage": 1, "dtype": "torch.bfloat16"}),
+        ({"zero_stage": 1, "dtype": "bf16"}, {"stage": 1, "dtype": "torch.bfloat16", "fastest_products": False}),
         ({"threads": 2, "micro_batch": 4, "clip_norm": 0.0}, {"threads": 2, "rows": 4, "passes": 1, "clip": 0.0}),
         ({"workers": 2, "tensor_parallel": 2}, {"tensor": 2}),
     ],
