@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TAG = "HEADWATER_TEST_CLUSTER"  # in the environment of every process of a cluster, so that none is overlooked
 STORE_BYTES = 120_000_000
-READY_S = 60.0
+READY_S = 180.0  # a busy machine takes over a minute to import Ray three times
 LINK = "eth0"  # what a node calls its own end of its link
 ORPHANS_S = 30.0  # in which a process notices that its node is gone
 NOTHING: dict[str, object] = {"processes": [], "ports": [], "/dev/shm": set()}
