@@ -479,7 +479,9 @@ def _check_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Non
     wrong = [name for name in weights if name not in own or own[name].shape != weights[name].shape]
     wrong += [name for name, weight in own.items() if name not in weights and weight.data_ptr() not in given]
     if wrong:
-        raise ValueError(f"the weights aren't this model's: {len(wrong)} differ in name or shape, {wrong[0]} among them")
+        raise ValueError(
+            f"the weights aren't this model's: {len(wrong)} differ in name or shape, {wrong[0]} among them"
+        )
 
 
 def _likeliest(logits: Tensor, totals: Tensor, params: list[SamplingParams]) -> list[list[tuple[int, float]]]:
