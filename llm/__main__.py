@@ -1,4 +1,4 @@
-"""A model folder and a prompt -> text, with torch and transformers alone: `python -m llm FOLDER "Once upon a time"`."""
+"""A model folder and a prompt -> text, with torch and transformers alone: `python -m llm FOLDER "Once upon a"`."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def load_embedder(folder: str | Path) -> PreTrainedModel:
     """
     model = load_any(folder)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{folder} holds an encoder with a decoder, which has no one hidden state to take the mean of")
+        raise ValueError(f"{folder} holds an encoder with a decoder, which have no hidden state in common")
     return model
 
 
@@ -80,6 +80,6 @@ def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
         settings["use_cache"] = False
     if getattr(model.config, OBJECTIVE, None) == "masked":
         rows, length = ids.shape
-        # Nothing is added to any score, so that every token sees every other; a boolean mask eager attention would add.
+        # Added to the scores, so that every token sees every other. Eager attention would add a boolean mask too.
         settings["attention_mask"] = torch.zeros(rows, 1, length, length, dtype=model.dtype, device=ids.device)
     return base(input_ids=ids, **settings).last_hidden_state

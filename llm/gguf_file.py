@@ -225,7 +225,7 @@ def _check_tie(folder: Path, model: PreTrainedModel) -> None:
             if "lm_head.weight" in file.keys() and not torch.equal(  # noqa: SIM118
                 file.get_tensor("lm_head.weight").to(embedding.dtype), embedding
             ):
-                raise ValueError(f"{path.name} has an lm_head.weight of its own, but config.json ties it to the embedding")
+                raise ValueError(f"{path.name} has an lm_head.weight of its own, config.json ties it to the embedding")
 
 
 def _tensors(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:

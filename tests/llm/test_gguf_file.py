@@ -13,7 +13,13 @@ from llm.presets import PRESETS, build_model, llama_config
 from llm.vocabulary import CHAT_TEMPLATE, END_OF_TURN, gpt2_tokenizer, load_tokenizer, wrap
 from tests.models import SENTENCES, save_tiny_model, tiny_tokenizer
 
-TEXTS = [*SENTENCES, "In 1984 and 20 45, ½²³ or 12३४ + 7!!  \n\n  end ", " 1", "it's WE'LL\tgo\u00a0on", "日本語 🙂 naïve"]
+TEXTS = [
+    *SENTENCES,
+    "In 1984 and 20 45, ½²³ or 12३४ + 7!!  \n\n  end ",
+    " 1",
+    "it's WE'LL\tgo\u00a0on",
+    "日本語 🙂 naïve",
+]
 
 
 def llama(**changes):
@@ -159,9 +165,7 @@ def test_half_the_bytes_hold_rounded_weights(tmp_path, dtype):
 
 
 REFUSED = {
-    "rope_type=yarn": lambda: qwen(
-        "qwen2", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-    ),
+    "rope_type=yarn": lambda: qwen("qwen2", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
     "attention_bias=True": lambda: with_setting(llama(), attention_bias=True),
     "hidden_act=gelu": lambda: with_setting(llama(), hidden_act="gelu"),
     "use_sliding_window=True": lambda: qwen("qwen2", use_sliding_window=True, sliding_window=8),
