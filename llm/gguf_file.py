@@ -127,7 +127,7 @@ def write_gguf(folder: Path, path: Path, dtype: Dtype | None = None) -> None:
     _check_tie(folder, model)
     tensors = _tensors(model, family)
     fields = {
-        "general.name": folder.resolve().name,
+        "general.name": path.stem,
         "general.file_type": FILE_TYPES[model.dtype],
         **{f"{family.arch}.{key}": value for key, value in _numbers(model.config, family).items()},
         **_words(model, load_tokenizer(folder)),
@@ -188,13 +188,8 @@ def _numbers(config: Any, family: Family) -> dict[str, Any]:
 
 
 def _head(config: Any) -> int:
-    """Features of a head. ValueError unless they come in pairs, and key-value heads are shared evenly."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head % 2:
-        raise ValueError(f"heads of {head} features can't be turned by pairs: GGUF export needs an even number")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{config.num_attention_heads} heads can't share {config.num_key_value_heads} evenly")
-    return head
+    """Features of a head; transformers has seen that they come in pairs."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rope(rope: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LARGEST = 127  # -128 is left out, so that the range is symmetric
+STRIDE = 16
 FEW_ROWS = 16  # beyond, the weights are widened once and the matrix units of bf16 do the product
 
 
@@ -38,18 +39,23 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if len(rows) <= FEW_ROWS:
-            out = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.q, self.scale)
+        rows = x.flatten(0, -2).contiguous()
+        if len(rows) <= FEW_ROWS and self._aligned(rows):
+            out = torch.ops.aten._weight_int8pack_mm(rows, self.q, self.scale)
         else:
             out = F.linear(rows, self.q.to(rows.dtype)) * self.scale  # bf16 holds whole numbers up to 256
         out = out.unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
 
+    @staticmethod
+    def _aligned(rows: Tensor) -> bool:
+        """Whether torch's kernel can read `rows`: it takes 16 numbers at a time and faults where those lie askew."""
+        return rows.shape[1] % STRIDE == 0 and rows.data_ptr() % (STRIDE * rows.element_size()) == 0
+
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights (out, in) as whole numbers (out, in), int8, and the scale of each output (out,), bf16."""
-    weight = weight.detach().float()
+    weight = weight.detach().float().contiguous()  # as the kernel wants the numbers
     # The scale is rounded first, and the weights by what it then is: its own rounding costs nothing.
     scale = (weight.abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
     q = (weight / scale.float()[:, None]).round().clamp(-LARGEST, LARGEST)

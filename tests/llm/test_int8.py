@@ -41,6 +41,24 @@ def test_a_layer_multiplies_by_its_whole_numbers(rows, biased):
     assert float((found.double() - exact).norm() / exact.norm()) < 0.006
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(50, 33), (7, 1), (16, 5), (48, 7), (130, 97)])
+def test_widths_need_not_be_round(inner, outer):
+    layer, x = Int8Linear(drawn(outer, inner), None), drawn(5, inner, seed=1).bfloat16()
+    assert_close_to_exact(layer, x)
+
+
+def test_activations_may_begin_anywhere():
+    """Torch's kernel ends the process where they aren't aligned."""
+    layer, numbers = Int8Linear(drawn(48, 64), None), drawn(2 * 64 + 1, seed=1).bfloat16()
+    assert_close_to_exact(layer, numbers[1:].view(2, 64))
+    assert_close_to_exact(layer, drawn(3, 2, 64).bfloat16()[:, 1])
+
+
+def assert_close_to_exact(layer, x):
+    exact = x.double() @ (layer.q.double() * layer.scale.double()[:, None]).T
+    torch.testing.assert_close(layer(x).double(), exact, atol=0.02 * float(exact.std()) + 0.02, rtol=0.02)
+
+
 def test_every_linear_layer_is_taken_and_the_embedding_is_not():
     from transformers import GPT2Config
 
@@ -61,7 +79,7 @@ def test_gpt2s_layers_give_what_they_did():
     nn.init.normal_(layer.weight)
     module = nn.ModuleDict({"inner": layer})
     x = drawn(5, 64)
-    expected = layer(x)
+    expected = layer(x).detach()
     found = quantize(module)["inner"](x.bfloat16()).float()
     assert float((found - expected).norm() / expected.norm()) < 0.02
 

@@ -53,7 +53,7 @@ def needed(*names: str) -> set[str]:
         except metadata.PackageNotFoundError:
             continue
         found.add(name)
-        waiting += [re.split(r"[^\w.-]", one, maxsplit=1)[0] for one in requires if "extra ==" not in one]
+        waiting += [re.split(r"[^\w.-]", one, maxsplit=1)[0] for one in requires if not re.search(r"extra\s*==", one)]
     return found
 
 

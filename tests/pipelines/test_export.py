@@ -7,6 +7,7 @@ import json
 import pytest
 
 from cluster.errors import BadInput
+from cluster.runs import SCHEMA_VERSION
 from llm.files import hash_file
 from pipelines import export as exporting
 from pipelines.__main__ import main
@@ -86,6 +87,17 @@ def test_the_command_writes_both(folder, tmp_path, monkeypatch, capsys):
         "token_embd.weight",
         "blk.1.attn_q.weight",
     }
+
+
+def test_a_runs_model_goes_with_its_lineage(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "mine"
+    save_tiny_model(run / "pretrain" / "model")
+    (run / "pretrain" / "done.json").write_text('{"metrics": {}}')
+    (run / "lineage.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, "artefacts": {}}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "mine", "--to", "folder"]) == 0
+    assert (tmp_path / "mine" / "lineage.json").read_bytes() == (run / "lineage.json").read_bytes()
+    assert names(tmp_path / "mine") >= {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"}
 
 
 def test_refusals_are_told_with_exit_code_2(folder, tmp_path, capsys):
