@@ -40,7 +40,7 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """One turn; a list of text parts is joined as it stands."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "refusal": (), "audio": ()}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
     role: str
     content: str
@@ -131,7 +131,7 @@ class ChatRequest(GenerationRequest):
 
     def turns(self) -> list[Message]:
         """The conversation as `llm.chat` takes it. ValueError says what no template can render."""
-        return [message.as_turn() for message in _in_order_of_calls(self.messages)]
+        return as_turns(self.messages)
 
     @property
     def offered(self) -> list[dict[str, Any]]:
@@ -163,6 +163,11 @@ class ChatRequest(GenerationRequest):
     @property
     def grammar_field(self) -> str:
         return "tools" if self.called_tools() else super().grammar_field
+
+
+def as_turns(messages: list[ChatMessage]) -> list[Message]:
+    """Messages as `llm.chat` takes them. ValueError says what no template can render."""
+    return [message.as_turn() for message in _in_order_of_calls(messages)]
 
 
 def _in_order_of_calls(messages: list[ChatMessage]) -> list[ChatMessage]:

@@ -56,6 +56,7 @@ class Strict(BaseModel):
             fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
         for name, values in cls.neutral.items():
             fields[name] = {"enum": [*values, None], "description": "accepted, and changes nothing"}
+        described["additionalProperties"] = {"type": "null"}
         return reference
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field, model_validator
 
-from serve.chat import MAX_MESSAGES, ChatMessage
+from llm.chat import Message, check_turns
+from serve.chat import MAX_MESSAGES, ChatMessage, as_turns
 from serve.protocol import MAX_PROMPT_CHARACTERS, Strict, check_text
 from serve.tools import MAX_TOOLS, ToolDefinition
 
@@ -28,7 +29,12 @@ class TokenizeRequest(Strict):
             check_text("prompt", self.prompt)
         elif sum(len(message.content) for message in self.messages or ()) > MAX_PROMPT_CHARACTERS:
             raise ValueError(f"messages take at most {MAX_PROMPT_CHARACTERS} characters together")
+        else:
+            check_turns(self.turns())
         return self
+
+    def turns(self) -> list[Message]:
+        return as_turns(self.messages or [])
 
 
 class TokenizeResponse(BaseModel):
