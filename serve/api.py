@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,10 +31,10 @@ from serve.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest,
 
 
 class Api:
-    """Answers requests for `models`, behind `guards`."""
+    """Answers requests for `models`, by their names, behind `guards`."""
 
-    def __init__(self, models: Iterable[Served], guards: Guards | None = None, metrics: Metrics | None = None):
-        self.models = {served.name: served for served in models}
+    def __init__(self, models: Mapping[str, Served], guards: Guards | None = None, metrics: Metrics | None = None):
+        self.models = dict(models)
         self.guards = guards or Guards()
         self.metrics = metrics or Metrics(self.models)
         self.created = int(time.time())
