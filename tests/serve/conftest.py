@@ -10,12 +10,18 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 
 from llm.loading import load
 from tests.models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 120
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads():
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

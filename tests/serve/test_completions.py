@@ -64,8 +64,8 @@ def test_prompts_as_text_and_as_ids(complete, engine):
 def test_an_answer_that_matches(complete):
     choice = complete(extra_body={"guided_regex": "(?:ab){2}c"}).choices[0]
     assert (choice.text, choice.finish_reason) == ("ababc", "stop")
-    answer = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": {"a": [1]}}}}
-    assert json.loads(complete(extra_body={"response_format": answer}).choices[0].text) == {"a": [1]}
+    answer = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
+    assert json.loads(complete(extra_body={"response_format": answer}).choices[0].text) in ("yes", "no")
 
 
 BAD = [

@@ -24,8 +24,8 @@ ADD = {
     "name": "add",
     "parameters": {
         "type": "object",
-        "properties": {"a": {"enum": [1, -2]}, "é": {"enum": ["x}", None]}},
-        "required": ["a", "é"],
+        "properties": {"a": {"enum": [1, "}"]}},
+        "required": ["a"],
         "additionalProperties": False,
     },
 }
@@ -196,8 +196,8 @@ BAD = [
     ({"tool_choice": {"type": "function", "function": {"name": "sub"}}}, "tool_choice", "demands a function"),
     ({"tool_choice": "always"}, "tool_choice", "'required'"),
     ({"guided_regex": "x"}, "guided_regex", "don't go together"),
-    (calls("{"), "messages", "arguments must be a JSON object as text, got '{'"),
-    (calls("[NaN]"), "messages", "arguments must be a JSON object"),
+    (calls("{"), "messages[1].tool_calls", "arguments must be a JSON object as text, got '{'"),
+    (calls("[NaN]"), "messages[1].tool_calls", "arguments must be a JSON object"),
     (calls(answers="b"), "messages[2].tool_call_id", "one of the calls before it, got 'b'"),
     (
         {"messages": [{**ASKED[0], "tool_calls": calls()["messages"][1]["tool_calls"]}]},
@@ -214,4 +214,4 @@ def test_bad_functions_are_refused_by_name(post, change, param, words):
     error = answer.json()["error"]
     assert answer.status_code == 400, error
     assert words in error["message"]
-    assert error["param"] in (param, param.partition("[")[0])
+    assert error["param"] == param
