@@ -174,6 +174,125 @@ class Grammars:
 class _Trial:
     """A process that tries grammars, one after another; a dead one is replaced when the next grammar comes."""
 
-    `text` is the JSON schema, the regular expression (Rust's syntax, without look-around), or llguidance's dialect of
-    Lark, which can name special tokens; none for `json_object`.
-    GrammarError if it is none of these or too long; whether it can be used, `Grammars.check` says.
+    def __init__(self, settings: str):
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._tries = 0
+
+    def verdict(self, grammar: Grammar) -> str:
+        """What is wrong with `grammar`; "" if nothing is."""
+        if self._tries >= TRIES_PER_PROCESS:
+            self.close()
+        fresh = self._process is None
+        try:
+            return self._ask(asdict(grammar))
+        except _Died as died:
+            if died.code is None:
+                raise GrammarError(f"the {grammar.kind} could not be tried within {TRY_S:.0f} s: try again") from died
+            if died.code == -signal.SIGXCPU:
+                return f"the {grammar.kind} takes too much time to compile: make it simpler"
+            if fresh:
+                return f"the {grammar.kind} takes too much memory to compile, or crashes the compiler: make it simpler"
+            return self.verdict(grammar)  # what earlier grammars left in memory must not be this one's fault
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._end()
+            self._process = None
+
+    def _ask(self, grammar: dict[str, str]) -> str:
+        if self._process is None:
+            self._start()
+        self._tries += 1
+        return self._exchange(json.dumps(grammar), TRY_S)
+
+    def _start(self) -> None:
+        # By its file and without that file's folder on the path: it works from any working directory.
+        command = [sys.executable, "-P", str(Path(compiling.__file__).resolve())]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._process, self._tries = process, 0
+        self._end = weakref.finalize(self, _end, process)
+        try:
+            problem = self._exchange(self._settings, START_S)
+        except _Died as died:
+            raise GrammarError(f"no grammar can be tried: the process for it ended with {died.code}") from died
+        if problem:
+            self.close()
+            raise GrammarError(problem)
+
+    def _exchange(self, line: str, within_s: float) -> str:
+        """The answer to one line; `_Died`, with the process ended, if none comes."""
+        process = self._process
+        assert process is not None
+        try:
+            return json.loads(_ask_line(process, line, within_s))
+        except TimeoutError as error:
+            self.close()
+            raise _Died(None) from error
+        except (OSError, EOFError) as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(within_s)
+            self.close()
+            raise _Died(process.returncode) from error
+
+
+class _Died(Exception):
+    """The process that tries grammars gave no answer: it ended with `code`, or ran out of time (None)."""
+
+    def __init__(self, code: int | None):
+        super().__init__(code)
+        self.code = code
+
+
+def _ask_line(process: subprocess.Popen[bytes], line: str, within_s: float) -> bytes:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(line.encode() + b"\n")
+    process.stdin.flush()
+    until = time.monotonic() + within_s
+    poll = select.poll()  # select() itself takes no file beyond the 1,024th
+    poll.register(process.stdout, select.POLLIN)
+    answer = b""
+    while not answer.endswith(b"\n"):
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            raise TimeoutError
+        piece = os.read(process.stdout.fileno(), 65_536)
+        if not piece:
+            raise EOFError
+        answer += piece
+    return answer
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was still to be written has nowhere to go
+            if pipe is not None:
+                pipe.close()
+
+
+class _Recent(Generic[Value]):
+    """The values last asked for, at most `size` of them."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._values: OrderedDict[str, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Value | None:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: str, value: Value) -> Value:
+        with self._lock:
+            self._values[key] = value
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        return value
+
+
+def _key(grammar: Grammar) -> str:
+    return hashlib.sha256(f"{grammar.kind}:{grammar.text}".encode()).hexdigest()

@@ -310,9 +310,7 @@ def test_an_answer_of_a_schema(client, chat, engine):
     answer = client.chat.completions.parse(**settings, response_format=Verdict).choices[0]
     assert isinstance(answer.message.parsed, Verdict)
     assert answer.finish_reason == "stop"
-    chunks = list(
-        chat(max_tokens=None, response_format=schema(Verdict.model_json_schema())["response_format"], stream=True)
-    )
+    chunks = list(chat(**{**settings, **schema(Verdict.model_json_schema())}, max_tokens=None, stream=True))
     Verdict.model_validate_json("".join(chunk.choices[0].delta.content or "" for chunk in chunks))
 
 
