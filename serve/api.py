@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -48,7 +49,7 @@ class Api:
             self.metrics.watch(served.name, served.backend.load)
         app.get("/healthz", **description.HEALTH)(self.healthz)
         app.get("/readyz", **description.READINESS)(self.readyz)
-        app.get("/openapi.json", include_in_schema=False)(lambda: description.of(app, list(self.models)))
+        app.get("/openapi.json", include_in_schema=False, response_model=None)(_once(description.of, app, self.models))
         app.get("/v1/models", **description.MODELS)(self.list_models)
         app.get("/v1/models/{name:path}", **description.MODEL)(self.retrieve_model)
         app.post("/v1/completions", **description.COMPLETIONS)(self.completions)
@@ -112,7 +113,10 @@ class Api:
         prompts = await self._in_thread(_encode, served, request.inputs())
         count = _check_inputs(prompts, info)
         _account(http).reserve(count, 0)
-        vectors = await served.backend.embed(prompts)
+        try:
+            vectors = await served.backend.embed(prompts)
+        except ValueError as error:
+            raise RequestError(f"input: {error}", param="input") from error
         _account(http).charge(count, 0)
         self.metrics.tokens(served.name, count, 0)
         body = embedding_response(request, vectors, count)
@@ -122,9 +126,7 @@ class Api:
         """The ids of a text, or of a conversation's prompt."""
         served = self._served(request.model, http)
         info = await served.backend.describe()
-        ids = await self._in_thread(_tokenize, served, request)
-        spelt = [served.pieces.spelling(token) for token in ids] if request.return_token_strs else None
-        return TokenizeResponse(count=len(ids), max_model_len=info.context, tokens=ids, token_strs=spelt)
+        return await self._in_thread(_tokenize, served, request, info.context)
 
     async def detokenize(self, request: DetokenizeRequest, http: Request) -> DetokenizeResponse:
         """The text of ids."""
@@ -172,6 +174,14 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *arguments)
 
 
+def _once(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    @cache
+    def call():
+        return function(*arguments)
+
+    return call
+
+
 def _account(http: Request) -> Account:
     return http.state.account
 
@@ -212,17 +222,27 @@ def _render(served: Served, request: ChatRequest, context: int) -> tuple[list[in
         kept = fit_window(served.tokenizer, turns, context, request.reply_tokens or context // 4, tools)
         return render_turns(served.tokenizer, kept, tools), len(turns) - len(kept)
     except ValueError as error:
-        raise RequestError(str(error), param="tools" if str(error).startswith("tools") else "messages") from error
+        raise _unrenderable(error) from error
 
 
-def _tokenize(served: Served, request: TokenizeRequest) -> list[int]:
+def _tokenize(served: Served, request: TokenizeRequest, context: int) -> TokenizeResponse:
+    ids = _ids(served, request)
+    spelt = [served.pieces.spelling(token) for token in ids] if request.return_token_strs else None
+    return TokenizeResponse(count=len(ids), max_model_len=context, tokens=ids, token_strs=spelt)
+
+
+def _ids(served: Served, request: TokenizeRequest) -> list[int]:
     if request.prompt is not None:
         return encode_text(served.tokenizer, request.prompt)
     try:
         tools = [tool.as_tool() for tool in request.tools]
         return render_turns(served.tokenizer, request.turns(), tools)
     except ValueError as error:
-        raise RequestError(str(error), param="tools" if str(error).startswith("tools") else "messages") from error
+        raise _unrenderable(error) from error
+
+
+def _unrenderable(error: ValueError) -> RequestError:
+    return RequestError(str(error), param="tools" if str(error).startswith("tools") else "messages")
 
 
 # How requests are refused

@@ -73,6 +73,10 @@ class ChatMessage(Strict):
         except ValidationError:
             raise ValueError('a list must hold text parts only, {"type": "text", "text": "…"}') from None
 
+    @property
+    def characters(self) -> int:
+        return len(self.content) + sum(len(call.function.arguments) for call in self.tool_calls)
+
     def as_turn(self) -> Message:
         """As `llm.chat` takes it."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
@@ -108,7 +112,7 @@ class ChatRequest(GenerationRequest):
             raise ValueError("max_tokens and max_completion_tokens mean the same: give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs=true")
-        length = sum(len(message.content) for message in self.messages)
+        length = sum(message.characters for message in self.messages)
         if length > MAX_PROMPT_CHARACTERS:
             raise ValueError(f"messages take at most {MAX_PROMPT_CHARACTERS} characters together, got {length}")
         check_turns(self.turns())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -166,11 +167,14 @@ class GenerationRequest(Strict):
         RequestError names the field that is out of bounds.
         """
         try:
-            return [self._settings(choice, max_new_tokens, top_logprobs) for choice in range(self.n)]
+            first = self._settings(max_new_tokens, top_logprobs)
+            if self.seed is None:
+                return [first] * self.n
+            return [replace(first, seed=self.seed + choice) for choice in range(self.n)]
         except ValueError as error:
             raise self.refusal(error) from error
 
-    def _settings(self, choice: int, max_new_tokens: int, top_logprobs: int) -> SamplingParams:
+    def _settings(self, max_new_tokens: int, top_logprobs: int) -> SamplingParams:
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             min_new_tokens=self.min_tokens,
@@ -182,7 +186,7 @@ class GenerationRequest(Strict):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias={_id(token): bias for token, bias in self.logit_bias.items()},
-            seed=None if self.seed is None else self.seed + choice,
+            seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             stop_ids=tuple(self.stop_token_ids),
             top_logprobs=top_logprobs,

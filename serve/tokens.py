@@ -27,7 +27,7 @@ class TokenizeRequest(Strict):
             raise ValueError("tools are only allowed with messages")
         if self.prompt is not None:
             check_text("prompt", self.prompt)
-        elif sum(len(message.content) for message in self.messages or ()) > MAX_PROMPT_CHARACTERS:
+        elif sum(message.characters for message in self.messages or ()) > MAX_PROMPT_CHARACTERS:
             raise ValueError(f"messages take at most {MAX_PROMPT_CHARACTERS} characters together")
         else:
             check_turns(self.turns())
