@@ -62,6 +62,8 @@ def _source(kind: str, text: str) -> str:
     """The grammar in llguidance's own form."""
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
+    if kind == "lark":
+        return LLMatcher.grammar_from_lark(text)
     schema = '{"type": "object"}' if kind == "json_object" else text
     if kind == "json_schema":
         _check_schema(text)

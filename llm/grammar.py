@@ -32,9 +32,9 @@ from llm.compiling import GrammarError, brief, compiled, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-GrammarKind = Literal["json_schema", "json_object", "regex"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark"]
 
-MAX_BYTES = {"json_schema": 65_536, "json_object": 0, "regex": 8_192}
+MAX_BYTES = {"json_schema": 65_536, "json_object": 0, "regex": 8_192, "lark": 131_072}
 MAX_VERDICTS = 512
 MAX_COMPILED = 16
 # By the wall: only a process that hangs gets so far, since it has a limit of its own on its CPU seconds.
@@ -48,7 +48,8 @@ Value = TypeVar("Value")
 class Grammar:
     """What an answer's text must match, from its first character to its last.
 
-    `text` is the JSON schema, or the regular expression (Rust's syntax, without look-around); none for `json_object`.
+    `text` is the JSON schema, the regular expression (Rust's syntax, without look-around), or llguidance's dialect of
+    Lark, which can name special tokens; none for `json_object`.
     GrammarError if it is none of these or too long; whether it can be used, `Grammars.check` says.
     """
 
