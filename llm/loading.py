@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from llm.cloze import OBJECTIVE
 from llm.engine import Engine
+from llm.int8 import quantize
 from llm.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Dtype = Literal["float32", "bfloat16", "int8"]
 
-def load_model(folder: str | Path) -> PreTrainedModel:
+
+def load_model(folder: str | Path, dtype: Dtype | None = None) -> PreTrainedModel:
     """The causal language model saved in `folder`, ready to generate: in fp32 on a CPU, as saved on a GPU.
 
-    ValueError if the folder holds no such model, or not all of its weights, or one that only fills in words.
+    `dtype` has its weights in another one; "int8" (`llm.int8`) is for CPUs. ValueError if the folder holds no such
+    model, or not all of its weights, or one that only fills in words, or if the dtype can't be had.
     """
     from transformers import AutoModelForCausalLM
 
     check_model_folder(Path(folder))
+    return _load(AutoModelForCausalLM, folder, dtype)
+
+
+def load_any(folder: str | Path) -> PreTrainedModel:
+    """The model of text saved in `folder`, whether it continues text or fills in words, or both.
+
+    ValueError if the folder holds no such model, or not all of its weights.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    if _is_encoder(Path(folder)):
+        return _load(AutoModelForMaskedLM, folder)
+    _check_causal(Path(folder))
     return _load(AutoModelForCausalLM, folder)
 
 
@@ -32,23 +49,27 @@ def load_filler(folder: str | Path) -> PreTrainedModel:
 
     ValueError if the folder holds no such model, or not all of its weights.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if set(_read_config(Path(folder)).get("architectures") or []) & {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}:
-        return _load(AutoModelForMaskedLM, folder)
-    _check_causal(Path(folder))
-    if _objective(Path(folder)) is None:
-        raise ValueError(
-            f"{folder} was trained to predict the next token (`headwater complete`), not to fill in words"
-        )
-    return _load(AutoModelForCausalLM, folder)
+    if not _is_encoder(Path(folder)):
+        _check_causal(Path(folder))
+        if _objective(Path(folder)) is None:
+            raise ValueError(
+                f"{folder} was trained to predict the next token (`headwater complete`), not to fill in words"
+            )
+    return load_any(folder)
 
 
-def _load(auto, folder: str | Path) -> PreTrainedModel:
+def _load(auto, folder: str | Path, dtype: Dtype | None = None) -> PreTrainedModel:
     """The model in `folder` by one of transformers' `AutoModelFor...`, ready to generate."""
     gpu = torch.cuda.is_available()
-    return read_weights(auto, folder, "auto" if gpu else torch.float32).to("cuda" if gpu else "cpu").eval()
+    if dtype not in (None, *get_args(Dtype)):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
+    if dtype == "int8":
+        if gpu:
+            raise ValueError("dtype=int8 is for CPUs and this machine has a GPU: use bfloat16")
+        return quantize(read_weights(auto, folder, torch.bfloat16).eval())
+    usual: str | torch.dtype = "auto" if gpu else torch.float32
+    wanted = getattr(torch, dtype) if dtype else usual
+    return read_weights(auto, folder, wanted).to("cuda" if gpu else "cpu").eval()
 
 
 def read_weights(auto, folder: str | Path, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -78,17 +99,22 @@ def read_weights(auto, folder: str | Path, dtype: str | torch.dtype) -> PreTrain
     return model
 
 
-def load(folder: str | Path, *, slots: int = 32, context: int | None = None) -> Engine:
-    """An engine over the model and tokenizer in `folder`; ValueError if either is missing or they don't fit."""
+def load(
+    folder: str | Path, *, slots: int = 32, context: int | None = None, dtype: Dtype | None = None, **options: Any
+) -> Engine:
+    """An engine over the model and tokenizer in `folder`; ValueError if either is missing or they don't fit.
+
+    `dtype` is that of the weights (`load_model`), `options` are the engine's own.
+    """
     folder = Path(folder)
-    model = load_model(folder)
+    model = load_model(folder, dtype)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {len(tokenizer)} ids and the model {model.config.vocab_size}: "
             "they are not a pair"
         )
-    return Engine(model, tokenizer, slots=slots, context=context)
+    return Engine(model, tokenizer, slots=slots, context=context, **options)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -99,6 +125,17 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} was trained on masked words alone, it can't continue a text: use `headwater fill`, or pretrain "
             "with pretrain.objective=mixed"
         )
+
+
+def check_readable(folder: Path) -> None:
+    """ValueError unless `folder` has the configuration of a model and a tokenizer; reads no weights."""
+    _read_config(folder)
+
+
+def _is_encoder(folder: Path) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return bool(set(_read_config(folder).get("architectures") or []) & {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()})
 
 
 def _check_causal(folder: Path) -> None:

@@ -207,6 +207,18 @@ def chat(chosen: argparse.Namespace) -> None:
     talk(target, params=_sampling(chosen), model_name=chosen.model_name, system=chosen.system)
 
 
+def export(chosen: argparse.Namespace) -> None:
+    """Write a model as a Hugging Face folder or a GGUF file."""
+    from pipelines.export import export as export_model
+
+    root = runs_root(chosen.runs)
+    folder = model_folder(chosen.model, root, chosen.stage)
+    lineage = None if _published(chosen.model, "config.json") else mirror.fetch(find_run(chosen.model, root).lineage)
+    name = _model_name(chosen.model) + (".gguf" if chosen.to == "gguf" else "")
+    out = Path(chosen.out or name).expanduser().absolute()
+    export_model(folder, chosen.to, out, lineage=lineage, dtype=chosen.dtype, as_json=chosen.json)
+
+
 def look_tokens(chosen: argparse.Namespace) -> None:
     """Show how a text splits into tokens."""
     from pipelines.look import look_tokens as look
@@ -472,6 +484,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(verbs)
     _add_serve(verbs)
     _add_keys(verbs)
+    _add_export(verbs)
     _add_look(verbs)
     _add_k8s(verbs)
     return parser
@@ -661,6 +674,16 @@ def _add_keys_verb(things: Any, name: str, verb: Any, text: str) -> argparse.Arg
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
+
+
+def _add_export(verbs: Any) -> None:
+    parser = _verb(verbs, "export", export, "write a model as a Hugging Face folder, or a GGUF file for llama.cpp")
+    _add_model(parser, "model", MODEL_HELP)
+    parser.add_argument("--to", choices=("folder", "gguf"), required=True, help="what to write")
+    parser.add_argument("--out", metavar="PATH", help="where; never over what is there (NAME or NAME.gguf, here)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of a GGUF file's matrices (as saved)"
+    )
 
 
 def _add_look(verbs: Any) -> None:
