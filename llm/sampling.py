@@ -16,6 +16,7 @@ MAX_STOPS = 16
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 100
+WIDTHS = (64, 1024)  # how many of the likeliest tokens are ranked before the whole vocabulary is
 GREEDY_BELOW = 1e-5  # a temperature under which fp32 tells no second token from the likeliest
 
 
@@ -43,7 +44,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of ids in prompt or answer (HF's)
     presence_penalty: float = 0.0  # taken off the logits of ids that are in the answer (OpenAI's)
     frequency_penalty: float = 0.0  # taken off once for each time that an id is in the answer (OpenAI's)
-    # Added to the logits of ids; given as a mapping or as pairs, kept as pairs in order of id, which can be hashed.
+    # Added to the logits of ids: a mapping, kept as `biases` are, which can be hashed.
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     grammar: Grammar | None = None  # what the answer's text must match
 
@@ -77,12 +78,18 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """What is added to the logits of which ids, in order of id."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
+    @property
     def penalises(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError if `logit_bias` or `stop_ids` name an id that a vocabulary of `vocab_size` hasn't."""
-        for name, ids in (("logit_bias", [token for token, _ in self.logit_bias]), ("stop_ids", self.stop_ids)):
+        for name, ids in (("logit_bias", [token for token, _ in self.biases]), ("stop_ids", self.stop_ids)):
             outside = [token for token in ids if token >= vocab_size]
             if outside:
                 raise ValueError(f"{name} has id {outside[0]}, outside the vocabulary of {vocab_size}")
@@ -112,7 +119,7 @@ def distributions(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     greedy = [row for row, p in enumerate(params) if p.greedy]
     if greedy:
         likeliest = logits[greedy].argmax(-1)
-        probabilities[greedy] = torch.nn.functional.one_hot(likeliest, logits.shape[-1]).to(probabilities)
+        probabilities[greedy] = torch.zeros_like(probabilities[greedy]).scatter_(-1, likeliest[:, None], 1.0)
     cut = [row for row, p in enumerate(params) if p.truncates and not p.greedy]
     if cut:
         probabilities[cut] = _truncate(probabilities[cut], [params[row] for row in cut])
@@ -122,20 +129,59 @@ def distributions(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def _truncate(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Probabilities (B, V) with what top-k, top-p and min-p leave out set to 0, summing to 1 again.
 
-    Equal probabilities rank by id, so top-k keeps exactly k. The likeliest token is always kept.
+    Equal probabilities rank by id, so top-k keeps exactly k. The likeliest token is always kept. As few tokens are
+    ranked as a row's own settings allow: a sort of the whole vocabulary takes ten times as long as all the rest.
     """
-    ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(ranked.shape[-1], device=ranked.device)
-    ranked = ranked * (rank < _column(ranked, [p.top_k or ranked.shape[-1] for p in params]))
-    ranked = ranked / ranked.sum(-1, keepdim=True)
-    mass_before = ranked.cumsum(-1) - ranked
+    truncated = torch.zeros_like(probabilities)
+    left = list(range(len(params)))
+    vocab_size = probabilities.shape[-1]
+    for width in [*(width for width in WIDTHS if width < vocab_size), vocab_size]:
+        rows = [row for row in left if params[row].top_k <= width or width == vocab_size]
+        if not rows:
+            continue
+        ranked, ids = _ranked(probabilities[rows], width)
+        kept = _kept(ranked, [params[row] for row in rows])
+        ranked = ranked * kept
+        # Its last partial sum, not sum(): that one rounds otherwise in a batch than in a row alone.
+        ranked = ranked / ranked.cumsum(-1)[:, -1:]
+        truncated[rows] = torch.zeros_like(probabilities[rows]).scatter_(-1, ids, ranked)
+        enough = (~kept[:, -1]).tolist()
+        settled = {row for row, cut in zip(rows, enough, strict=True) if cut or 0 < params[row].top_k <= width}
+        left = [row for row in left if row not in settled]
+    return truncated
+
+
+def _ranked(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest probabilities of each row of (B, V) and their ids, both (B, width); equal ones by id."""
+    if width == probabilities.shape[-1]:
+        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        return ranked, ids
+    values, ids = probabilities.topk(width, dim=-1)
+    last = values[:, -1:]
+    # Of the tokens that are as likely as the last, topk takes any; of impossible ones it doesn't matter which.
+    tied = ((probabilities >= last).sum(-1) > width) & (last[:, 0] > 0)
+    if tied.any():
+        ids[tied] = probabilities[tied].sort(dim=-1, descending=True, stable=True).indices[:, :width]
+    ids = ids.sort(dim=-1).values
+    ranked, order = probabilities.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return ranked, ids.gather(-1, order)
+
+
+def _kept(ranked: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Which of ranked probabilities (B, width) stay, the first ones of each row: bool (B, width)."""
+    width = ranked.shape[-1]
+    top_k = _column(ranked, [min(p.top_k or width, width) for p in params]).long()
+    kept = torch.arange(width, device=ranked.device) < top_k
+    mass = (ranked * kept).cumsum(-1)
+    # Without top-k the mass of all is 1, of which the first `width` may be a part.
+    whole = torch.where(_column(ranked, [p.top_k for p in params]) > 0, mass[:, -1:], 1.0)
+    mass_before = torch.nn.functional.pad(mass[:, :-1], (1, 0)) / whole
     top_p = _column(ranked, [p.top_p for p in params])
     # A sum in fp32 can reach 1 early: top_p = 1 must not cut the tail for that.
-    kept = (mass_before < top_p) | (top_p == 1)
+    kept &= (mass_before < top_p) | (top_p == 1)
     kept &= ranked >= _column(ranked, [p.min_p for p in params]) * ranked[:, :1]
     kept[:, 0] = True
-    ranked = ranked * kept
-    return torch.zeros_like(ranked).scatter_(-1, ids, ranked / ranked.sum(-1, keepdim=True))
+    return kept
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
@@ -182,7 +228,8 @@ class Sampler:
         self.matcher = matcher
         self.error: str | None = None
         self.endings = sorted({*end_ids, *params.stop_ids})
-        self.counted = _Counts(prompt_ids if params.repetition_penalty != 1 else ()) if params.penalises else None
+        prompt = prompt_ids if params.repetition_penalty != 1 else ()
+        self.counted = _Counts(prompt, min(params.max_new_tokens, vocab_size)) if params.penalises else None
 
     @property
     def finished(self) -> bool:
@@ -206,18 +253,29 @@ class Sampler:
 class _Counts:
     """How often each of the ids that matter is in an answer: ids and counts side by side, in the order first met."""
 
-    def __init__(self, prompt_ids: Sequence[int]):
-        distinct = dict.fromkeys(prompt_ids)
-        self._place = {token: place for place, token in enumerate(distinct)}
-        self.ids = list(distinct)
-        self.counts = [0] * len(self.ids)
+    def __init__(self, prompt_ids: Sequence[int], room: int):
+        """Begins with the ids of the prompt, none of them counted; at most `room` more will come."""
+        self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt_ids))}
+        size = len(self._place)
+        self._ids = np.zeros(size + room, dtype=np.int64)
+        self._ids[:size] = list(self._place)
+        self._counts = np.zeros(size + room, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: len(self)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self._counts[: len(self)]
 
     def add(self, token: int) -> None:
-        place = self._place.setdefault(token, len(self.ids))
-        if place == len(self.ids):
-            self.ids.append(token)
-            self.counts.append(0)
-        self.counts[place] += 1
+        place = self._place.setdefault(token, len(self._place))
+        self._ids[place] = token
+        self._counts[place] += 1
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
@@ -225,7 +283,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
     What a request gets doesn't depend on who shares its batch.
     """
-    logits = _adjusted(logits, samplers)
+    logits = adjusted(logits, samplers)
     drawing = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
     if len(drawing) == len(samplers):
         return _drawn(logits, samplers)
@@ -240,9 +298,9 @@ def _drawn(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return draws(probabilities, [sampler.generator for sampler in samplers])
 
 
-def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+def adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """Logits (B, V) with penalties, biases and what may not come; the tensor itself where nobody asks for any."""
-    penalised = [row for row, sampler in enumerate(samplers) if sampler.counted and sampler.counted.ids]
+    penalised = [row for row, sampler in enumerate(samplers) if sampler.counted]
     biased = [row for row, sampler in enumerate(samplers) if sampler.params.logit_bias]
     held = [row for row, sampler in enumerate(samplers) if sampler.too_short]
     matched = [row for row, sampler in enumerate(samplers) if sampler.matcher is not None]
@@ -261,16 +319,16 @@ def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
 
 def _penalise(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> None:
-    counted = [samplers[row].counted for row in rows]
-    ids = _flat([c.ids for c in counted], logits.device)
-    counts = _flat([c.counts for c in counted], logits.device)
-    lengths = torch.tensor([len(c.ids) for c in counted])
-
-    def spread(values: list, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths).to(logits.device)
-
     params = [samplers[row].params for row in rows]
-    where = spread(rows, torch.int64)
+    counted = [counted for counted in (samplers[row].counted for row in rows) if counted is not None]
+    lengths = [len(one) for one in counted]
+
+    def spread(values: list[float]) -> Tensor:
+        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)).to(logits.device)
+
+    where = torch.from_numpy(np.repeat(rows, lengths)).to(logits.device)
+    ids = torch.from_numpy(np.concatenate([one.ids for one in counted])).to(logits.device)
+    counts = torch.from_numpy(np.concatenate([one.counts for one in counted])).to(logits.device)
     repetition = spread([p.repetition_penalty for p in params])
     values = logits[where, ids]
     values = torch.where(values > 0, values / repetition, values * repetition)
@@ -280,7 +338,7 @@ def _penalise(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> N
 
 
 def _bias(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> None:
-    triples = [(row, token, bias) for row in rows for token, bias in samplers[row].params.logit_bias]
+    triples = [(row, token, bias) for row in rows for token, bias in samplers[row].params.biases]
     where, ids, biases = (torch.tensor(column, device=logits.device) for column in zip(*triples, strict=True))
     logits[where, ids] += biases
 
@@ -306,10 +364,6 @@ def _hold(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> None:
         held = logits[row].index_fill(0, torch.tensor(samplers[row].endings, device=logits.device), -math.inf)
         if not torch.isneginf(held.amax()):
             logits[row] = held
-
-
-def _flat(lists: list[list[int]], device: torch.device) -> Tensor:
-    return torch.tensor([value for values in lists for value in values], device=device)
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:

@@ -74,7 +74,7 @@ class ChatMessage(Strict):
             raise ValueError('a list must hold text parts only, {"type": "text", "text": "…"}') from None
 
     def as_turn(self) -> Message:
-        """As `llm.chat` takes it. ValueError if a call's arguments are no JSON object."""
+        """As `llm.chat` takes it."""
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             functions = [call.function for call in self.tool_calls]
@@ -172,6 +172,9 @@ class ChatRequest(GenerationRequest):
 
 def as_turns(messages: list[ChatMessage]) -> list[Message]:
     """Messages as `llm.chat` takes them. ValueError says what no template can render."""
+    for index, message in enumerate(messages):
+        for call in message.tool_calls:
+            call.function.check(f"messages[{index}].tool_calls")
     return [message.as_turn() for message in _in_order_of_calls(messages)]
 
 

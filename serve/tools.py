@@ -60,14 +60,17 @@ class CalledFunction(Strict):
     arguments: str  # a JSON object
 
     def as_object(self) -> dict[str, Any]:
-        """The arguments. ValueError if they are no JSON object."""
+        """The arguments, once they are checked."""
+        return json.loads(self.arguments)
+
+    def check(self, place: str) -> None:
+        """ValueError if the arguments are no JSON object."""
         try:
             arguments = json.loads(self.arguments, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            raise ValueError(f"arguments must be a JSON object as text, got {self.arguments!r:.80}")
-        return arguments
+            raise ValueError(f"{place}: arguments must be a JSON object as text, got {self.arguments!r:.80}")
 
 
 class SentCall(Strict):

@@ -35,9 +35,7 @@ def test_a_layer_multiplies_by_its_whole_numbers(rows, biased):
     weight, bias = drawn(96, 64), drawn(96, seed=1) if biased else None
     layer = Int8Linear(weight, bias)
     x = drawn(2, rows, 64, seed=2).bfloat16()
-    exact = F.linear(
-        x.double(), layer.q.double() * layer.scale.double()[:, None], bias.double() if biased else None
-    )
+    exact = F.linear(x.double(), layer.q.double() * layer.scale.double()[:, None], bias.double() if biased else None)
     found = layer(x)
     assert found.dtype == torch.bfloat16
     assert float((found.double() - exact).norm() / exact.norm()) < 0.006

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -7,17 +8,63 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
+import torch
 
+from llm.loading import load
 from tests.models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN_S = 120
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_threads():
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def engine(model_folder):
+    """What the service is compared with."""
+    return load(model_folder)
+
+
+@pytest.fixture(scope="session")
+def local(model_folder) -> Iterator[str]:
+    """The address of a service of `model_folder`, named tiny, in this process and without Ray."""
+    from tests.serve.local import local_service
+
+    with local_service(model_folder, "tiny") as address:
+        yield address
+
+
+@pytest.fixture
+def address(request) -> str:
+    """The local service's; Ray Serve's for a test that is given "ray"."""
+    on_ray = getattr(request, "param", "local") == "ray"
+    return request.getfixturevalue("service" if on_ray else "local")
+
+
+@pytest.fixture
+def client(address) -> openai.OpenAI:
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def post(address):
+    """Sends a body, which may be no JSON that a client would make, to a path below the address."""
+
+    def send(path: str, **body) -> httpx.Response:
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(f"{address}/{path}", content=json.dumps(body), headers=headers, timeout=60)
+
+    return send
 
 
 @pytest.fixture(scope="session")
