@@ -16,7 +16,6 @@ import re
 import time
 import traceback
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass, field
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -292,13 +291,15 @@ class Exchange:
         finally:
             leaving.cancel()
             api.cancel()  # nothing happens if it is done
-            with suppress(asyncio.CancelledError, Exception):
-                await api
+            await asyncio.wait({api})
+        failure = _failure(api)
         if cut:
             await self._break_off(cut)
-        elif not (self.gone or self.stalled or api.cancelled()) and (error := api.exception()):
-            _log_failure(self.id, error)
+        elif failure and not (self.gone or self.stalled):
+            _log_failure(self.id, failure)
             await self._break_off(RequestError("internal error; the service's log has it", status=500))
+        if failure:
+            _let_go(failure)
 
     async def _supervise(self, api: asyncio.Task[None], leaving: asyncio.Task[None]) -> RequestError | None:
         """Wait for the end of the answer, or the reason for which it has to be cut off."""
@@ -388,6 +389,29 @@ def _request_id(scope: Scope) -> str:
     """The one that it came with, from a proxy or the client, if it is harmless to write into a log."""
     given = (bounds.header(scope, b"x-request-id") or b"").decode("latin-1")
     return given if TAME_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    """What a task that is done ended with; its cancellation counts as well."""
+    try:
+        return task.exception()
+    except asyncio.CancelledError as error:
+        return error
+
+
+def _let_go(error: BaseException) -> None:
+    """Drop what the frames of a failed answer hold: the iterator of its tokens, which frees a slot when it is closed.
+
+    It would be closed with them, but their exceptions and they refer to each other until the garbage is collected.
+    """
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:  # a group's parts have the group as their context
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            left += [one.__context__, *getattr(one, "exceptions", ())]
 
 
 def _log_failure(request_id: str, error: BaseException) -> None:

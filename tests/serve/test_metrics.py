@@ -16,7 +16,12 @@ class Load:
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
     """Each value by its name and labels, those of time stamps and of this process left out."""
-    families = text_string_to_metric_families(metrics.text().decode())
+    return parsed(metrics.text().decode())
+
+
+def parsed(text: str) -> dict[tuple[str, ...], float]:
+    """The same, of what `/metrics` answered."""
+    families = text_string_to_metric_families(text)
     return {
         (sample.name, *(value for name, value in sorted(sample.labels.items()) if name != "ingress")): sample.value
         for family in families
