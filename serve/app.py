@@ -17,7 +17,7 @@ from serve.options import ApplicationArgs
 from serve.replica import MAX_REQUESTS, Replica
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
     from llm.engine import Engine
 
@@ -32,14 +32,18 @@ class Service:
     """One replica of the service: the API, over an engine that loads in the background."""
 
     def __init__(self, model_folder: str, model_name: str, slots: int, threads: int):
-        self.model_name = model_name
+        self.model_folder, self.model_name = model_folder, model_name
         self.replica = Replica(lambda: load_engine(model_folder, slots, threads))
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve after the constructor."""
+        from llm.vocabulary import load_tokenizer
         from serve.api import Api
+        from serve.models import Served, lineage_of
 
-        return Api(self.replica, self.model_name).app()
+        folder = mirror.here(Path(self.model_folder))
+        served = Served(self.model_name, self.replica, load_tokenizer(folder), lineage_of(folder))
+        return Api({self.model_name: served}).app()
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica whose engine has failed."""
