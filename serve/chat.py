@@ -40,7 +40,12 @@ class TextPart(Strict):
 class ChatMessage(Strict):
     """One turn; a list of text parts is joined as it stands."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "refusal": (),
+    }
 
     role: str
     content: str

@@ -45,7 +45,9 @@ EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "ser
 
 def _endpoint(body: type[BaseModel], *statuses: dict[int, str], streams: bool = False) -> dict[str, Any]:
     """Arguments of FastAPI's routes."""
-    described = {number: {"model": ErrorBody, "description": text} for each in statuses for number, text in each.items()}
+    described = {
+        number: {"model": ErrorBody, "description": text} for each in statuses for number, text in each.items()
+    }
     answered: dict[str, Any] = {"model": body, "description": "the answer", **({"content": EVENTS} if streams else {})}
     return {"response_model": None, "responses": {200: answered, **described}}
 

@@ -54,9 +54,7 @@ class Meter:
 
     def usage(self) -> Usage:
         total = self._prompt_tokens + self.completion_tokens
-        return Usage(
-            prompt_tokens=self._prompt_tokens, completion_tokens=self.completion_tokens, total_tokens=total
-        )
+        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self.completion_tokens, total_tokens=total)
 
 
 class Generation:
