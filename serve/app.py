@@ -68,8 +68,8 @@ def build(
     options = options or Options()
     # Where a link leads now: a replica that starts later is to load the same model.
     folders = {name: str(folder if mirror.key_of(folder) else folder.resolve()) for name, folder in models.items()}
-    engines = [
-        _engines(NAME if not number else f"{NAME}-{_tame(name)}", folder, options)
+    replicas = [
+        engines(NAME if not number else f"{NAME}-{_tame(name)}", folder, options)
         for number, (name, folder) in enumerate(folders.items())
     ]
     deployment = Ingress.options(  # type: ignore[attr-defined]
@@ -79,10 +79,11 @@ def build(
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _variables()}},
         **_lifetime(options),
     )
-    return deployment.bind(folders, engines, options, hosts)
+    return deployment.bind(folders, replicas, options, hosts)
 
 
-def _engines(name: str, folder: str, options: Options) -> ray_serve.Application:
+def engines(name: str, folder: str, options: Options) -> ray_serve.Application:
+    """The replicas of the model in `folder`, as the deployment `name`."""
     router = RequestRouterConfig(
         request_router_class=PrefixRouter, request_router_kwargs={"slack": max(1, options.slots // 2)}
     )
