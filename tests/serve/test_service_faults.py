@@ -118,7 +118,7 @@ def _stream(http: httpx.Client) -> str:
 
 @dataclass
 class Service:
-    """The service on a cluster of two nodes, each with a proxy on the same port."""
+    """The service on a cluster, each of whose nodes has a proxy on the same port."""
 
     nodes: Cluster
     driver: psutil.Popen
@@ -140,8 +140,8 @@ class Service:
 
 
 @contextmanager
-def serving(model_folder: Path, log: Path) -> Iterator[Service]:
-    with cluster(workers=2, cpus=2) as nodes, open(log, "wb") as errors:
+def serving(model_folder: Path, log: Path, workers: int) -> Iterator[Service]:
+    with cluster(workers=workers, cpus=2) as nodes, open(log, "wb") as errors:
         port = free_port()
         words = [sys.executable, "-c", SERVE, f"127.0.0.1:{nodes.port}", str(CHECKOUT), str(model_folder), str(port)]
         driver = psutil.Popen(
@@ -159,10 +159,10 @@ def serving(model_folder: Path, log: Path) -> Iterator[Service]:
 
 
 @pytest.fixture
-def service(model_folder, tmp_path, monkeypatch) -> Iterator[Service]:
+def service(request, model_folder, tmp_path, monkeypatch) -> Iterator[Service]:
     for name, value in {"PYTHONPATH": str(CHECKOUT), **SERVING}.items():
         monkeypatch.setenv(name, value)
-    with serving(model_folder, tmp_path / "driver.log") as made:
+    with serving(model_folder, tmp_path / "driver.log", request.param) as made:
         yield made
 
 
@@ -181,12 +181,14 @@ def strike(service: Service, table: Callable, faults: dict[str, Callable[[], Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("service", [1], indirect=True)
 def test_killed_processes_lose_nobody(service, table):
     names = {"replica": REPLICA, "ingress": INGRESS, "proxy": "ProxyActor", "controller": "ServeController"}
     strike(service, table, {what: lambda name=name: service.kill(name) for what, name in names.items()})
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("service", [2], indirect=True)
 def test_a_lost_node_an_update_and_fewer_replicas_lose_nobody(service, table):
     def node() -> None:
         service.nodes.nodes.pop().kill()
