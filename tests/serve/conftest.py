@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 
+from cluster.local import SERVING
 from llm.loading import load
 from tests.models import save_tiny_model
 
@@ -20,8 +21,11 @@ READY_WITHIN_S = 120
 
 
 @pytest.fixture(autouse=True, scope="session")
-def few_threads():
+def few_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +76,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.update({key: value for key, value in SERVING.items() if key not in os.environ})
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
     )
@@ -83,8 +88,9 @@ def ray_cluster() -> Iterator[None]:
 def service(ray_cluster, model_folder) -> Iterator[str]:
     """The address of a running, ready service of `model_folder`, named tiny."""
     from serve import app
+    from serve.options import Options
 
-    url = app.start(model_folder, "tiny", port=free_port(), cpus=1, slots=4)
+    url = app.start({"tiny": model_folder}, port=free_port(), options=Options(cpus=1, slots=4))
     wait_until_ready(url.removesuffix("/v1"))
     yield url
     app.stop()
@@ -98,6 +104,6 @@ def free_port() -> int:
 
 def wait_until_ready(address: str) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
-    while (answer := httpx.get(f"{address}/readyz")).status_code != 200:
+    while (answer := httpx.get(f"{address}/readyz", timeout=READY_WITHIN_S)).status_code != 200:
         assert time.monotonic() < deadline, f"not ready within {READY_WITHIN_S} s: {answer.text}"
         time.sleep(0.1)
