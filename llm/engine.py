@@ -13,20 +13,22 @@ import operator
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from llm.grammar import Grammars
 from llm.kv_cache import Plan, SlotCache, plan_decode, plan_prefill
-from llm.sampling import SamplingParams, choose, generator_for
+from llm.sampling import Sampler, SamplingParams, choose
 from llm.text_stream import TextStream
 from llm.vocabulary import END_OF_TURN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Token:
     text: str
     logprob: float
     top: list[tuple[int, float]]  # the likeliest ids with their log-probabilities, `params.top_logprobs` of them
-    finish_reason: FinishReason | None  # "stop": end of text or a stop string; "length": max_new_tokens; None: goes on
+    finish_reason: (
+        FinishReason | None
+    )  # "stop": end of text or a stop string; "length": max_new_tokens; "error": its grammar failed
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class _Request:
     id: str
     prompt_ids: list[int]
     params: SamplingParams
-    generator: torch.Generator
+    sampler: Sampler
     text: TextStream
     computed: int = 0  # positions whose keys and values are in the cache
     new_ids: list[int] = field(default_factory=list)
@@ -147,7 +151,14 @@ class Engine:
                 f"the prompt's {len(prompt)} tokens and max_new_tokens={params.max_new_tokens} make {total}, "
                 f"more than the context of {self.context}: shorten either"
             )
+        params.check_vocabulary(self.vocab_size)
+        if params.grammar is not None:
+            self._grammars.check(params.grammar)
         return prompt
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.vocab_size, self.end_ids)
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None) -> str:
         """Queue a request; return its id. ValueError if it could never run, or if the id is in use."""
@@ -157,7 +168,9 @@ class Engine:
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is already running or waiting")
         text = TextStream(self._decode_text, params.stop)
-        request = _Request(request_id, prompt, params, generator_for(params), text)
+        matcher = self._grammars.matcher(params.grammar) if params.grammar is not None else None
+        sampler = Sampler(params, prompt, vocab_size=self.vocab_size, end_ids=self.end_ids, matcher=matcher)
+        request = _Request(request_id, prompt, params, sampler, text)
         self._requests[request_id] = request
         self._waiting.append(request)
         return request_id
@@ -298,7 +311,7 @@ class Engine:
     def _sample(self, requests: list[_Request], logits: Tensor) -> list[Token]:
         """The next token of each request from its row of logits (n, V); finished requests leave the batch."""
         params = [request.params for request in requests]
-        ids = choose(logits, params, [request.generator for request in requests])
+        ids = choose(logits, [request.sampler for request in requests])
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         chosen = logprobs.gather(-1, ids[:, None])[:, 0].tolist()
         tops = _likeliest(logprobs, params)
@@ -313,9 +326,12 @@ class Engine:
 
     def _accept(self, request: _Request, token: int, logprob: float, top: list[tuple[int, float]]) -> Token:
         """Append a sampled id to its request, with the text that it makes certain and whether it is the last."""
+        if request.sampler.error is not None:
+            return Token(request.id, token, request.text.finish(), logprob, top, "error")
         request.new_ids.append(token)
+        request.sampler.accept(token)
         reason: FinishReason | None = None
-        if token in self.end_ids:
+        if token in self.end_ids or token in request.params.stop_ids:
             text, reason = request.text.finish(), "stop"
         else:
             text = request.text.push(token)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llm.grammar import Grammar, Matcher
+
 MAX_STOPS = 16
+MAX_STOP_IDS = 64
+MAX_LOGIT_BIASES = 1024
 MAX_TOP_LOGPROBS = 100
 GREEDY_BELOW = 1e-5  # a temperature under which fp32 tells no second token from the likeliest
 
@@ -18,21 +23,33 @@ GREEDY_BELOW = 1e-5  # a temperature under which fp32 tells no second token from
 class SamplingParams:
     """One request's settings. ValueError names the setting, its bounds and the value that was given.
 
-    The logits are divided by `temperature`, then cut by top-k, top-p and min-p in that order, each over what the one
-    before it left.
+    The logits are changed by the penalties, then by `logit_bias`; what may not come (an end before `min_new_tokens`,
+    what `grammar` forbids) is taken out. They are divided by `temperature`, then cut by top-k, top-p and min-p in that
+    order, each over what the one before it left.
     """
 
     max_new_tokens: int = 256
+    min_new_tokens: int = (
+        0  # no end of text and none of `stop_ids` before so many tokens, unless a grammar is finished
+    )
     temperature: float = 1.0  # 0 (below 1e-5) takes the likeliest token every time
     top_k: int = 0  # keep the k likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens up to this mass (arXiv 1904.09751); 1 keeps all
     min_p: float = 0.0  # keep tokens with at least this share of the likeliest one's mass (arXiv 2407.01082); 0: all
     seed: int | None = None  # the same seed and prompt give the same tokens; None draws a fresh seed
     stop: tuple[str, ...] = ()  # generation ends before the first of these strings; none is ever part of the text
+    stop_ids: tuple[int, ...] = ()  # ids that end the answer as an end of text does
     top_logprobs: int = 0  # how many of the likeliest tokens are reported with each token
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of ids in prompt or answer (HF's)
+    presence_penalty: float = 0.0  # taken off the logits of ids that are in the answer (OpenAI's)
+    frequency_penalty: float = 0.0  # taken off once for each time that an id is in the answer (OpenAI's)
+    # Added to the logits of ids; given as a mapping or as pairs, kept as pairs in order of id, which can be hashed.
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None  # what the answer's text must match
 
     def __post_init__(self) -> None:
         _check_int("max_new_tokens", self.max_new_tokens, 1, None)
+        _check_int("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
         _check_float("temperature", self.temperature, 0, 100)
         _check_int("top_k", self.top_k, 0, None)
         _check_float("top_p", self.top_p, 0, 1)
@@ -42,7 +59,14 @@ class SamplingParams:
         if self.seed is not None:
             _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_stop(self.stop)
+        _check_ids("stop_ids", self.stop_ids, MAX_STOP_IDS)
         _check_int("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_float("presence_penalty", self.presence_penalty, -2, 2)
+        _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar must be a Grammar, got {self.grammar!r}")
 
     @property
     def greedy(self) -> bool:
@@ -51,6 +75,17 @@ class SamplingParams:
     @property
     def truncates(self) -> bool:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """ValueError if `logit_bias` or `stop_ids` name an id that a vocabulary of `vocab_size` hasn't."""
+        for name, ids in (("logit_bias", [token for token, _ in self.logit_bias]), ("stop_ids", self.stop_ids)):
+            outside = [token for token in ids if token >= vocab_size]
+            if outside:
+                raise ValueError(f"{name} has id {outside[0]}, outside the vocabulary of {vocab_size}")
 
 
 def generator_for(params: SamplingParams) -> torch.Generator:
@@ -120,11 +155,161 @@ def draws(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tenso
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
-def choose(logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> Tensor:
-    """The next ids (B,) of B requests with logits (B, V)."""
-    if all(p.greedy for p in params):
-        return logits.argmax(-1)
-    return draws(distributions(logits, params), generators)
+class Sampler:
+    """One request's sampling state: its generator, the ids that penalties count, its place in the grammar.
+
+    `prompt_ids` and `end_ids` are of a vocabulary of `vocab_size`; `matcher` comes from `Grammars.matcher` where
+    `params.grammar` is set. ValueError if `params` names ids outside the vocabulary.
+
+    `error` says why the grammar failed, None while it hasn't: what `choose` gives such a request means nothing.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        *,
+        vocab_size: int,
+        end_ids: Collection[int],
+        matcher: Matcher | None = None,
+    ):
+        params.check_vocabulary(vocab_size)
+        if (params.grammar is None) != (matcher is None):
+            raise ValueError("a request with a grammar needs a matcher, and one without takes none")
+        self.params = params
+        self.generator = generator_for(params)
+        self.made = 0  # tokens of the answer so far
+        self.matcher = matcher
+        self.error: str | None = None
+        self.endings = sorted({*end_ids, *params.stop_ids})
+        self.counted = _Counts(prompt_ids if params.repetition_penalty != 1 else ()) if params.penalises else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the grammar is fulfilled and lets nothing follow but the end."""
+        return self.matcher is not None and self.error is None and self.matcher.finished
+
+    @property
+    def too_short(self) -> bool:
+        """Whether the answer may not end yet."""
+        return self.made < self.params.min_new_tokens
+
+    def accept(self, token: int) -> None:
+        """Count `token` as the answer's next, and move on in the grammar."""
+        self.made += 1
+        if self.counted is not None:
+            self.counted.add(token)
+        if self.matcher is not None and self.error is None:
+            self.error = self.matcher.accept(token)
+
+
+class _Counts:
+    """How often each of the ids that matter is in an answer: ids and counts side by side, in the order first met."""
+
+    def __init__(self, prompt_ids: Sequence[int]):
+        distinct = dict.fromkeys(prompt_ids)
+        self._place = {token: place for place, token in enumerate(distinct)}
+        self.ids = list(distinct)
+        self.counts = [0] * len(self.ids)
+
+    def add(self, token: int) -> None:
+        place = self._place.setdefault(token, len(self.ids))
+        if place == len(self.ids):
+            self.ids.append(token)
+            self.counts.append(0)
+        self.counts[place] += 1
+
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """The next ids (B,) of B requests with logits (B, V), which are left as they are.
+
+    What a request gets doesn't depend on who shares its batch.
+    """
+    logits = _adjusted(logits, samplers)
+    drawing = [row for row, sampler in enumerate(samplers) if not sampler.params.greedy]
+    if len(drawing) == len(samplers):
+        return _drawn(logits, samplers)
+    ids = logits.argmax(-1)
+    if drawing:
+        ids[drawing] = _drawn(logits[drawing], [samplers[row] for row in drawing])
+    return ids
+
+
+def _drawn(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    probabilities = distributions(logits, [sampler.params for sampler in samplers])
+    return draws(probabilities, [sampler.generator for sampler in samplers])
+
+
+def _adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Logits (B, V) with penalties, biases and what may not come; the tensor itself where nobody asks for any."""
+    penalised = [row for row, sampler in enumerate(samplers) if sampler.counted and sampler.counted.ids]
+    biased = [row for row, sampler in enumerate(samplers) if sampler.params.logit_bias]
+    held = [row for row, sampler in enumerate(samplers) if sampler.too_short]
+    matched = [row for row, sampler in enumerate(samplers) if sampler.matcher is not None]
+    if not (penalised or biased or held or matched):
+        return logits
+    logits = logits.float().clone()
+    if penalised:
+        _penalise(logits, samplers, penalised)
+    if biased:
+        _bias(logits, samplers, biased)
+    if matched:
+        _match(logits, samplers, matched)
+    if held:
+        _hold(logits, samplers, held)
+    return logits
+
+
+def _penalise(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> None:
+    counted = [samplers[row].counted for row in rows]
+    ids = _flat([c.ids for c in counted], logits.device)
+    counts = _flat([c.counts for c in counted], logits.device)
+    lengths = torch.tensor([len(c.ids) for c in counted])
+
+    def spread(values: list, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(lengths).to(logits.device)
+
+    params = [samplers[row].params for row in rows]
+    where = spread(rows, torch.int64)
+    repetition = spread([p.repetition_penalty for p in params])
+    values = logits[where, ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= spread([p.presence_penalty for p in params]) * (counts > 0)
+    values -= spread([p.frequency_penalty for p in params]) * counts
+    logits[where, ids] = values
+
+
+def _bias(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> None:
+    triples = [(row, token, bias) for row in rows for token, bias in samplers[row].params.logit_bias]
+    where, ids, biases = (torch.tensor(column, device=logits.device) for column in zip(*triples, strict=True))
+    logits[where, ids] += biases
+
+
+def _match(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> None:
+    """Take out what each row's grammar forbids; a matcher that fails takes out nothing and marks its own sampler."""
+    words = np.full((len(rows), -(-logits.shape[-1] // 32)), -1, dtype=np.int32)
+    for index, row in enumerate(rows):
+        sampler = samplers[row]
+        assert sampler.matcher is not None
+        if sampler.error is None:
+            sampler.error = sampler.matcher.mask(words[index])
+        if sampler.error is not None:
+            words[index] = -1
+    allowed = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")[:, : logits.shape[-1]]
+    forbidden = torch.from_numpy(allowed == 0).to(logits.device)
+    logits[rows] = logits[rows].masked_fill(forbidden, -math.inf)
+
+
+def _hold(logits: Tensor, samplers: Sequence[Sampler], rows: list[int]) -> None:
+    """Take out the ends of answers that are too short, but where nothing else is left."""
+    for row in rows:
+        held = logits[row].index_fill(0, torch.tensor(samplers[row].endings, device=logits.device), -math.inf)
+        if not torch.isneginf(held.amax()):
+            logits[row] = held
+
+
+def _flat(lists: list[list[int]], device: torch.device) -> Tensor:
+    return torch.tensor([value for values in lists for value in values], device=device)
 
 
 def _column(like: Tensor, values: Sequence[float]) -> Tensor:
@@ -143,6 +328,28 @@ def _check_float(name: str, value: object, low: float, high: float) -> None:
     # NaN fails every comparison, so it is refused here too.
     if not number or not low <= value <= high or math.isinf(value):  # type: ignore[operator, arg-type]
         raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
+
+
+def _check_ids(name: str, ids: object, most: int) -> None:
+    if not isinstance(ids, tuple):
+        raise ValueError(f"{name} must be a tuple of ids, got {ids!r}")
+    if len(ids) > most:
+        raise ValueError(f"{name} takes at most {most} ids, got {len(ids)}")
+    for token in ids:
+        _check_int(f"{name}: an id", token, 0, None)
+
+
+def _checked_bias(bias: object) -> tuple[tuple[int, float], ...]:
+    """The biases as pairs in order of id; ValueError unless they are from -100 to 100, of ids that come once."""
+    pairs = list(bias.items()) if isinstance(bias, Mapping) else bias
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"logit_bias must map ids to numbers, got {bias!r}")
+    _check_ids("logit_bias", tuple(token for token, _ in pairs), MAX_LOGIT_BIASES)
+    for token, value in pairs:
+        _check_float(f"logit_bias of id {token}", value, -100, 100)
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("logit_bias has an id twice")
+    return tuple(sorted((token, float(value)) for token, value in pairs))
 
 
 def _check_stop(stop: object) -> None:

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from llm.sampling import SamplingParams, choose, distribution, distributions, draw, draws, generator_for
+from llm.sampling import Sampler, SamplingParams, choose, distribution, distributions, draw, draws, generator_for
 
 VOCABULARY = 50
 
@@ -93,7 +93,7 @@ def test_a_seed_repeats_and_its_absence_does_not():
 
 def test_a_draw_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    choose(random_logits(), [SamplingParams(seed=1)], [generator_for(SamplingParams(seed=1))])
+    choose(random_logits(), [Sampler(SamplingParams(seed=1), [0], vocab_size=VOCABULARY, end_ids=[1])])
     assert torch.equal(before, torch.get_rng_state())
 
 
