@@ -243,7 +243,8 @@ def body(name: str, prompt_ids: list[int], params: SamplingParams, end_ids: Coll
 
 def structure(kind: str, text: str) -> dict[str, Any]:
     """A grammar as vLLM's `structured_outputs`."""
-    return {"json_schema": {"json": text}, "regex": {"regex": text}, "json_object": {"json_object": True}}[kind]
+    forms: dict[str, dict[str, Any]] = {"json_schema": {"json": text}, "regex": {"regex": text}}
+    return {**forms, "json_object": {"json_object": True}}[kind]
 
 
 def read(name: str, event: dict[str, Any], top: int) -> Iterator[Token]:

@@ -78,7 +78,7 @@ async def answers(backend: Vllm, requests: list[Request]) -> list[list[Token]]:
     [
         GREEDY,
         SamplingParams(max_new_tokens=20, seed=3, temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, top_logprobs=4),
-        SamplingParams(max_new_tokens=9, temperature=0, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=1),
+        SamplingParams(max_new_tokens=9, temperature=0, repetition_penalty=1.5, presence_penalty=1.0),
         SamplingParams(max_new_tokens=12, temperature=0, logit_bias={70: 100.0}, stop_ids=(71,), min_new_tokens=3),
         SamplingParams(max_new_tokens=40, seed=1, grammar=Grammar("regex", "[ab]{3,9}")),
         SamplingParams(max_new_tokens=60, seed=1, grammar=Grammar("json_schema", json.dumps({"type": "boolean"}))),
