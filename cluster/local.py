@@ -42,6 +42,12 @@ ALONE = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",
 }
+# For Ray Serve's own processes, which take these from the Ray that starts them. A proxy on a busy machine takes longer
+# than three times 5 s to be ready; one that is gone is missed after a second, not ten.
+SERVING = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
 
 
 @contextmanager
@@ -76,7 +82,7 @@ def _connect(address: str | None, object_store_mb: int) -> None:
     import ray
 
     if not address:
-        os.environ.update({key: value for key, value in ALONE.items() if key not in os.environ})
+        os.environ.update({key: value for key, value in (ALONE | SERVING).items() if key not in os.environ})
     environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path(), **mirror.same_everywhere()}}
     common = {"runtime_env": environment, "log_to_driver": False, "logging_level": logging.ERROR}
     ours = signal.getsignal(signal.SIGTERM)

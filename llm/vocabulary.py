@@ -20,6 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 MASK = "<|mask|>"
 END_OF_TURN = "<|end|>"
+TOOL_CALL = "<|tool_call|>"
 ROLES = ("system", "user", "assistant", "tool")
 RESERVED = 16
 
@@ -30,14 +31,14 @@ SPECIAL_TOKENS = (
     MASK,
     *(f"<|{role}|>" for role in ROLES),
     END_OF_TURN,
-    "<|tool_call|>",
+    TOOL_CALL,
     "<|tool_result|>",
     *(f"<|reserved_{n}|>" for n in range(RESERVED)),
 )
 
 # Each turn is <|role|>content<|end|>. What the assistant says, its <|end|> included, is marked as generated: those
 # tokens alone carry loss in fine-tuning.
-CHAT_TEMPLATE = (
+PLAIN_CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}"
     "{{ raise_exception('unknown role: ' + message['role']) }}"
@@ -48,6 +49,24 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{ message['content'] + '<|end|>' }}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+
+# The same for conversations without functions. Functions that may be called are told in a system's turn before all
+# others, and each call of the assistant's stands behind its text: <|tool_call|>{"name": …, "arguments": …}.
+CHAT_TEMPLATE = (
+    "{%- if tools -%}"
+    "{{ '<|system|>Functions:' }}"
+    "{%- for tool in tools -%}{{ '\\n' + (tool['function'] | tojson) }}{%- endfor -%}"
+    "{{ '<|end|>' }}"
+    "{%- endif -%}"
+) + PLAIN_CHAT_TEMPLATE.replace(
+    "{%- generation -%}{{ message['content'] + '<|end|>' }}{%- endgeneration -%}",
+    "{%- generation -%}{{ message['content'] }}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{ '<|tool_call|>{\"name\": ' + (call['function']['name'] | tojson) }}"
+    "{{ ', \"arguments\": ' + (call['function']['arguments'] | tojson) + '}' }}"
+    "{%- endfor -%}"
+    "{{ '<|end|>' }}{%- endgeneration -%}",
 )
 
 # How text is parted before the merges, which never go over from one part to the next: English contractions, words,

@@ -232,22 +232,17 @@ def serve(chosen: argparse.Namespace) -> None:
 
     root = runs_root(chosen.runs)
     folder, recipe = model_folder(chosen.model, root, chosen.stage), _recipe_of(chosen.model, root)
+    name = chosen.model_name or _model_name(chosen.model)
+    models = {name: folder, **_further_models(chosen.also, root)}
     settings = _serve_settings(chosen, recipe)
     where = recipe.cluster if recipe else ClusterSettings()
     with stoppable(), ray_session(where.address, where.object_store_mb) as local:
+        from pipelines.deploy import service_args
         from serve import app
+        from serve.options import Options
 
-        name = chosen.model_name or _model_name(chosen.model)
-        address = app.start(
-            folder,
-            name,
-            settings.host,
-            settings.port,
-            replicas=settings.replicas,
-            cpus=settings.cpus_per_replica,
-            slots=settings.slots,
-            insecure=chosen.insecure,
-        )
+        options = Options(**service_args(settings))
+        address = app.start(models, settings.host, settings.port, options=options, insecure=chosen.insecure)
         try:
             _use(address, name, chosen, recipe)
         finally:
@@ -395,8 +390,20 @@ def _serve_settings(chosen: argparse.Namespace, recipe: Any) -> Any:
     from pipelines.settings import check
 
     values = (recipe.serve if recipe else ServeSettings()).model_dump()
-    given = {key: getattr(chosen, key) for key in ("host", "port", "replicas") if getattr(chosen, key) is not None}
-    return check(ServeSettings, {**values, **given}, "the command line")
+    given = {key: getattr(chosen, key, None) for key in ServeSettings.model_fields}
+    if given["keys"] is not None:
+        given["keys"] = str(Path(given["keys"]).expanduser().absolute())
+    known = {key: value for key, value in given.items() if value is not None}
+    return check(ServeSettings, {**values, **known}, "the command line")
+
+
+def _further_models(also: Sequence[str], root: Path) -> dict[str, Path]:
+    """The folders of models given as NAME=MODEL."""
+    parts = [text.partition("=") for text in also]
+    wrong = [text for text, (name, _, model) in zip(also, parts, strict=True) if not name or not model]
+    if wrong:
+        raise BadInput(Problem(f"--also {wrong[0]} names no model", "give it as NAME=MODEL, with a run or a folder"))
+    return {name: model_folder(model, root) for name, _, model in parts}
 
 
 def _sampling(chosen: argparse.Namespace) -> Any:
@@ -580,14 +587,27 @@ def _add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 def _add_serve(verbs: Any) -> None:
     parser = _verb(verbs, "serve", serve, "deploy a model on Ray Serve with an OpenAI-compatible API")
     _add_model(parser, "model", MODEL_HELP)
-    parser.add_argument("--host", help="address to listen on (the recipe's serve.host, else 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="TCP port (the recipe's serve.port, else 8000)")
-    parser.add_argument("--replicas", type=int, help="generation replicas (the recipe's serve.replicas, else 1)")
     parser.add_argument("--model-name", help="name that clients use (the run's)")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME=MODEL", help="serve another model under a name of its own"
+    )
+    _add_serve_settings(parser)
     parser.add_argument(
         "--insecure", action="store_true", help="listen on a public address although there are no keys"
     )
     parser.add_argument("--trial", action="store_true", help="ask the recipe's questions over HTTP, then stop")
+
+
+def _add_serve_settings(parser: argparse.ArgumentParser) -> None:
+    """Flags for what a recipe's section `serve` says; without a flag it is that, else the default."""
+    from pipelines.schema import ServeSettings
+
+    kinds = {"port": int, "replicas": int, "max_replicas": int, "slots": int, "max_requests": int, "deadline_s": float}
+    for name in ("host", *kinds, "keys"):
+        field = ServeSettings.model_fields[name]
+        text = f"{field.description} (the recipe's serve.{name}, else {field.default})"
+        metavar = {int: "N", float: "SECONDS"}.get(kinds.get(name, str), "FILE" if name == "keys" else "HOST")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kinds.get(name, str), metavar=metavar, help=text)
 
 
 def _add_look(verbs: Any) -> None:

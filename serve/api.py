@@ -1,206 +1,239 @@
-"""The HTTP API over a replica: OpenAI's completions, chat, models; health. Plain FastAPI, whatever serves it."""
+"""The HTTP API over the served models: OpenAI's endpoints, ids of texts, health. ASGI, whatever serves it."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
-import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence, Set
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm.chat import DROPPED_TURNS, fit_window, render_turns
-from llm.engine import Token
-from llm.pieces import Pieces
 from llm.vocabulary import encode_text
-from serve import backend, replica
+from serve import backend, description
+from serve.backend import ModelInfo, check_prompt
 from serve.chat import ChatRequest, ChatWriter
 from serve.completions import CompletionRequest, CompletionWriter
-from serve.protocol import GenerationRequest, Model, ModelList, RequestError, Usage, Writer, refusal
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-MAX_BODY_BYTES = 8 * 2**20
+from serve.embeddings import MAX_INPUT_TOKENS, EmbeddingRequest, embedding_response
+from serve.generation import KNOWN_FAILURES, Generation, Meter, refused
+from serve.guards import Guard, Guards, guard
+from serve.limits import Account
+from serve.metrics import Metrics
+from serve.models import Model, ModelList, Served
+from serve.protocol import GenerationRequest, Writer, refusal
+from serve.refusals import RequestError
+from serve.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 
 class Api:
-    """Answers requests for the model `model_name` with the engine of `replica`."""
+    """Answers requests for `models`, by their names, behind `guards`."""
 
-    def __init__(self, engines: replica.Replica, model_name: str):
-        self.replica = engines
-        self.model_name = model_name
+    def __init__(self, models: Mapping[str, Served], guards: Guards | None = None, metrics: Metrics | None = None):
+        self.models = dict(models)
+        self.guards = guards or Guards()
+        self.metrics = metrics or Metrics(self.models)
         self.created = int(time.time())
         # A long text takes seconds to encode: in this thread, so that the tokens of others go on meanwhile.
         self._encoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encoding")
 
-    def app(self) -> FastAPI:
+    def app(self) -> Guard:
         """The ASGI application."""
         app = FastAPI(title="Headwater", openapi_url=None)
-        app.add_middleware(LimitBody)
-        app.get("/healthz")(self.healthz)
-        app.get("/readyz")(self.readyz)
-        app.get("/v1/models")(self.models)
-        app.get("/v1/models/{name:path}")(self.model)
-        app.post("/v1/completions", response_model=None)(self.completions)
-        app.post("/v1/chat/completions", response_model=None)(self.chat_completions)
+        for served in self.models.values():
+            self.metrics.watch(served.name, served.backend.load)
+        app.get("/healthz", **description.HEALTH)(self.healthz)
+        app.get("/readyz", **description.READINESS)(self.readyz)
+        app.get("/openapi.json", include_in_schema=False)(lambda: description.of(app, list(self.models)))
+        app.get("/v1/models", **description.MODELS)(self.list_models)
+        app.get("/v1/models/{name:path}", **description.MODEL)(self.retrieve_model)
+        app.post("/v1/completions", **description.COMPLETIONS)(self.completions)
+        app.post("/v1/chat/completions", **description.CHAT_COMPLETIONS)(self.chat_completions)
+        app.post("/v1/embeddings", **description.EMBEDDINGS)(self.embeddings)
+        app.post("/tokenize", **description.TOKENIZE)(self.tokenize)
+        app.post("/detokenize", **description.DETOKENIZE)(self.detokenize)
         for kind, handler in ERROR_HANDLERS.items():
             app.add_exception_handler(kind, handler)
-        return app
+        return guard(app, self.guards, self.metrics)
 
     async def healthz(self) -> Response:
         """200 while the process is up."""
         return JSONResponse({"status": "up"})
 
     async def readyz(self) -> Response:
-        """200 once the model is loaded and has made a token; 503 before, and after a failure."""
-        context = self.replica.engine.context
-        return JSONResponse({"status": "ready", "model": self.model_name, "context": context})
+        """200 once every model can answer; 503 before, and after a failure."""
+        for served in self.models.values():
+            if served.backend.failure is not None:
+                raise backend.Unavailable(f"{served.name} failed: {served.backend.failure}")
+            if not served.backend.ready:
+                raise backend.Unavailable(f"{served.name}: the model is still loading")
+        return JSONResponse({"status": "ready", "models": list(self.models)})
 
-    async def models(self) -> ModelList:
-        return ModelList(data=[self._model()])
+    async def list_models(self, http: Request) -> ModelList:
+        """The models that the request's key may use."""
+        allowed = [served for name, served in self.models.items() if _account(http).allows(name)]
+        return ModelList(data=[await self._listed(served) for served in allowed])
 
-    async def model(self, name: str) -> Model:
-        self._check_model(name)
-        return self._model()
+    async def retrieve_model(self, name: str, http: Request) -> Model:
+        """One model."""
+        return await self._listed(self._served(name, http))
 
-    async def completions(self, request: CompletionRequest) -> Response:
+    async def completions(self, request: CompletionRequest, http: Request) -> Response:
         """Continue each prompt `n` times; choices are in the order of the prompts."""
-        self._check_model(request.model)
-        prompts = await self._in_thread(self._prompts, request)
+        served = self._served(request.model, http)
+        _check_generates(served, await served.backend.describe())
+        prompts = await self._in_thread(_encode, served, request.prompts())
         settings = request.settings(request.max_tokens, request.logprobs or 0)
         requests = [(prompt, params) for prompt in prompts for params in settings]
-        return await self._respond(request, requests, CompletionWriter(request, self._pieces))
+        return await self._generate(request, requests, CompletionWriter(request, served), served, http, "prompt")
 
-    async def chat_completions(self, request: ChatRequest) -> Response:
-        """Answer a conversation `n` times; the header DROPPED_TURNS counts turns that had no room in the context."""
-        self._check_model(request.model)
-        prompt, dropped = await self._in_thread(self._prompt, request)
-        room = self.replica.engine.context - len(prompt)
-        settings = request.settings(request.reply_tokens or room, request.top_logprobs or 0)
+    async def chat_completions(self, request: ChatRequest, http: Request) -> Response:
+        """Answer a conversation `n` times. A header counts the oldest turns that the context had no room for."""
+        served = self._served(request.model, http)
+        info = await served.backend.describe()
+        _check_generates(served, info)
+        prompt, dropped = await self._in_thread(_render, served, request, info.context)
+        settings = request.settings(request.reply_tokens or info.context - len(prompt), request.top_logprobs or 0)
         requests = [(prompt, params) for params in settings]
-        response = await self._respond(request, requests, ChatWriter(request, self._pieces))
+        response = await self._generate(request, requests, ChatWriter(request, served), served, http, "messages")
         response.headers[DROPPED_TURNS] = str(dropped)
         return response
 
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerFast:
-        # A copy: the engine's own is used in the engine's thread.
-        return copy.deepcopy(self.replica.engine.tokenizer)
+    async def embeddings(self, request: EmbeddingRequest, http: Request) -> Response:
+        """One vector for each input."""
+        served = self._served(request.model, http)
+        info = await served.backend.describe()
+        if not info.embeds:
+            raise RequestError(f"{served.name} gives no embeddings", param="model", code="model_not_supported")
+        prompts = await self._in_thread(_encode, served, request.inputs())
+        count = _check_inputs(prompts, info)
+        _account(http).reserve(count, 0)
+        vectors = await served.backend.embed(prompts)
+        _account(http).charge(count, 0)
+        self.metrics.tokens(served.name, count, 0)
+        body = embedding_response(request, vectors, count)
+        return Response(body.model_dump_json(), media_type="application/json")
 
-    @cached_property
-    def _pieces(self) -> Pieces:
-        return Pieces(self._tokenizer)
+    async def tokenize(self, request: TokenizeRequest, http: Request) -> TokenizeResponse:
+        """The ids of a text, or of a conversation's prompt."""
+        served = self._served(request.model, http)
+        info = await served.backend.describe()
+        ids = await self._in_thread(_tokenize, served, request)
+        spelt = [served.pieces.spelling(token) for token in ids] if request.return_token_strs else None
+        return TokenizeResponse(count=len(ids), max_model_len=info.context, tokens=ids, token_strs=spelt)
 
-    def _model(self) -> Model:
-        return Model(id=self.model_name, created=self.created)
+    async def detokenize(self, request: DetokenizeRequest, http: Request) -> DetokenizeResponse:
+        """The text of ids."""
+        served = self._served(request.model, http)
+        size = len(served.tokenizer)
+        outside = next((token for token in request.tokens if not 0 <= token < size), None)
+        if outside is not None:
+            raise RequestError(f"tokens have id {outside}, outside the tokenizer's {size}", param="tokens")
+        text = await self._in_thread(served.tokenizer.decode, request.tokens)
+        return DetokenizeResponse(prompt=text)
 
-    def _check_model(self, name: str) -> None:
-        if name != self.model_name:
-            message = f"no model {name!r} here; there is {self.model_name!r}"
-            raise RequestError(message, status=404, param="model", code="model_not_found")
+    async def _generate(
+        self,
+        request: GenerationRequest,
+        requests: list[backend.Request],
+        writer: Writer,
+        served: Served,
+        http: Request,
+        prompt_field: str,
+    ) -> Response:
+        meter = Meter(served.name, _account(http), self.metrics)
+        generation = Generation(request, requests, writer, served, meter, prompt_field)
+        return await generation.respond(http.state.deadline - time.monotonic())
+
+    async def _listed(self, served: Served) -> Model:
+        info = await served.backend.describe()
+        return Model(
+            id=served.name,
+            created=self.created,
+            max_model_len=info.context,
+            generates=info.generates,
+            embeds=info.embeds,
+            lineage=dict(served.lineage),
+        )
+
+    def _served(self, name: str, http: Request) -> Served:
+        """The model of that name, if the request's key may use it."""
+        if name in self.models and _account(http).allows(name):
+            return self.models[name]
+        there = ", ".join(repr(name) for name in self.models if _account(http).allows(name))
+        message = f"no model {name!r:.80} here; there is {there or 'none'}"
+        raise RequestError(message, status=404, param="model", code="model_not_found")
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._encoding, function, *arguments)
 
-    def _prompts(self, request: CompletionRequest) -> list[list[int]]:
-        return [encode_text(self._tokenizer, p) if isinstance(p, str) else p for p in request.prompts()]
 
-    def _prompt(self, request: ChatRequest) -> tuple[list[int], int]:
-        """The ids of the conversation's newest turns, which leave room for a reply, and how many turns they leave out.
-
-        A reply whose length isn't given has a quarter of the context at least.
-        """
-        turns, context = request.turns(), self.replica.engine.context
-        try:
-            kept = fit_window(self._tokenizer, turns, context, request.reply_tokens or context // 4)
-            return render_turns(self._tokenizer, kept), len(turns) - len(kept)
-        except ValueError as error:
-            raise RequestError(str(error), param="messages") from error
-
-    async def _respond(self, request: GenerationRequest, requests: list[backend.Request], writer: Writer) -> Response:
-        """The answer to `request`, for which the engine is asked `requests`. RequestError if one could never run."""
-        try:
-            self.replica.check(requests)
-        except ValueError as error:
-            raise RequestError(str(error), param="prompt") from error
-        if request.stream:
-            return StreamingResponse(self._events(request, requests, writer), media_type="text/event-stream")
-        answers: list[list[Token]] = [[] for _ in requests]
-        async for index, token in self.replica.tokens(requests):
-            answers[index].append(token)
-        body = writer.whole(answers, _usage(request, requests, sum(map(len, answers))))
-        return Response(body.model_dump_json(), media_type="application/json")
-
-    async def _events(
-        self, request: GenerationRequest, requests: Sequence[backend.Request], writer: Writer
-    ) -> AsyncIterator[str]:
-        """Server-sent events: the writer's, then the usage if it was asked for, and the end."""
-        hidden = set() if request.streams_usage else {"usage"}
-        for event in writer.opening():
-            yield _event(event, hidden)
-        count = 0
-        try:
-            async for index, token in self.replica.tokens(requests):
-                count += 1
-                for event in writer.events(index, token):
-                    yield _event(event, hidden)
-        except backend.Unavailable as error:
-            yield f"data: {json.dumps(RequestError(str(error), status=503, code='unavailable').body)}\n\n"
-            return
-        if request.streams_usage:
-            yield _event(writer.closing(_usage(request, requests, count)), hidden)
-        yield "data: [DONE]\n\n"
+def _account(http: Request) -> Account:
+    return http.state.account
 
 
-def _usage(request: GenerationRequest, requests: Sequence[backend.Request], completion_tokens: int) -> Usage:
-    prompt_tokens = sum(len(prompt) for prompt, _ in requests[:: request.n])
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-    )
+def _check_generates(served: Served, info: ModelInfo) -> None:
+    if not info.generates:
+        message = f"{served.name} fills in words, it can't continue a text"
+        raise RequestError(message, param="model", code="model_not_supported")
 
 
-def _event(body: BaseModel, hidden: Set[str]) -> str:
-    return f"data: {body.model_dump_json(exclude=set(hidden))}\n\n"
+def _check_inputs(prompts: list[list[int]], info: ModelInfo) -> int:
+    """How many tokens the inputs have together. RequestError if the model couldn't read them."""
+    count = sum(map(len, prompts))
+    if count > MAX_INPUT_TOKENS:
+        raise RequestError(f"input takes at most {MAX_INPUT_TOKENS} tokens together, got {count}", param="input")
+    try:
+        for prompt in prompts:
+            check_prompt(prompt, 0, info)
+    except ValueError as error:
+        raise RequestError(f"input: {error}", param="input") from error
+    return count
 
 
-class LimitBody:
-    """ASGI middleware: 413 for a body of more than MAX_BODY_BYTES, 411 for one that doesn't say how long it is."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = _body_error(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
-        await (_refused(error) if error else self.app)(scope, receive, send)
+# In the encoding thread
 
 
-def _body_error(scope: Scope) -> RequestError | None:
-    length = dict(scope["headers"]).get(b"content-length", b"")
-    if not length.isdigit():
-        return RequestError("the request has no Content-Length", status=411)
-    if int(length) > MAX_BODY_BYTES:
-        return RequestError(f"the body has {int(length)} bytes, the most is {MAX_BODY_BYTES}", status=413)
-    return None
+def _encode(served: Served, texts: list[str] | list[list[int]]) -> list[list[int]]:
+    return [encode_text(served.tokenizer, text) if isinstance(text, str) else text for text in texts]
 
 
-def _refused(error: RequestError, **headers: str) -> JSONResponse:
-    return JSONResponse(error.body, status_code=error.status, headers=headers)
+def _render(served: Served, request: ChatRequest, context: int) -> tuple[list[int], int]:
+    """The ids of the conversation's newest turns, which leave room for a reply, and how many turns they leave out.
+
+    A reply whose length isn't given has a quarter of the context at least.
+    """
+    turns, tools = request.turns(), request.offered
+    try:
+        kept = fit_window(served.tokenizer, turns, context, request.reply_tokens or context // 4, tools)
+        return render_turns(served.tokenizer, kept, tools), len(turns) - len(kept)
+    except ValueError as error:
+        raise RequestError(str(error), param="tools" if str(error).startswith("tools") else "messages") from error
 
 
-async def _on_refusal(_: Request, error: Any) -> Response:
-    return _refused(error)
+def _tokenize(served: Served, request: TokenizeRequest) -> list[int]:
+    if request.prompt is not None:
+        return encode_text(served.tokenizer, request.prompt)
+    try:
+        tools = [tool.as_tool() for tool in request.tools]
+        return render_turns(served.tokenizer, request.turns(), tools)
+    except ValueError as error:
+        raise RequestError(str(error), param="tools" if str(error).startswith("tools") else "messages") from error
+
+
+# How requests are refused
+
+
+def _refused(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _on_failure(_: Request, error: Any) -> Response:
+    return _refused(refused(error))
 
 
 async def _on_invalid(_: Request, error: Any) -> Response:
@@ -208,26 +241,17 @@ async def _on_invalid(_: Request, error: Any) -> Response:
 
 
 async def _on_http_error(request: Request, error: Any) -> Response:
-    return _refused(RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code))
-
-
-async def _on_unavailable(_: Request, error: Any) -> Response:
-    return _refused(RequestError(str(error), status=503, code="unavailable"), **{"Retry-After": "5"})
-
-
-async def _on_overload(_: Request, error: Any) -> Response:
-    return _refused(RequestError(str(error), status=429, code="overloaded"), **{"Retry-After": "1"})
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return _refused(RequestError(message, status=error.status_code, headers=error.headers))
 
 
 async def _on_our_mistake(_: Request, error: Any) -> Response:
     return _refused(RequestError("internal error; the service's log has it", status=500))
 
 
-ERROR_HANDLERS = {
-    RequestError: _on_refusal,
+ERROR_HANDLERS: dict[type[Exception], Any] = {
+    **dict.fromkeys(KNOWN_FAILURES, _on_failure),
     RequestValidationError: _on_invalid,
     HTTPException: _on_http_error,
-    backend.Unavailable: _on_unavailable,
-    backend.Overloaded: _on_overload,
     Exception: _on_our_mistake,
 }

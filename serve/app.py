@@ -1,128 +1,209 @@
-"""The service on Ray Serve: replicas of the API and its engine, started and stopped."""
+"""The service on Ray Serve: an API in front, behind it replicas of each model's engine; started and stopped."""
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve as ray_serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem
 from cluster.runs import folder_at
-from serve.options import ApplicationArgs
-from serve.replica import MAX_REQUESTS, Replica
+from serve.engines import EngineReplica, Engines
+from serve.guards import LOOPBACK_HOSTS, Guard, Guards
+from serve.options import ApplicationArgs, Options
+from serve.proxies import middlewares
+from serve.routing import PrefixRouter
+from serve.scaling import Policy
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from ray.serve.handle import DeploymentHandle
 
-    from llm.engine import Engine
+NAME = "headwater"  # of the application, and of the deployment of its first model's replicas
+INGRESS = "ingress"
+# Ray Serve's limits lie beyond ours, which refuse in OpenAI's words and let the health checks through.
+SPARE = 2
+METRICS_EVERY_S = 1.0
+LOOK_BACK_S = 5.0
+HEALTH_EVERY_S = 5.0
 
-NAME = "headwater"
-# Ray Serve's own limit lies beyond the replica's, which refuses in OpenAI's words and lets the health checks through.
-MAX_ONGOING = 2 * MAX_REQUESTS
 
-
-@ray_serve.deployment(name=NAME, max_ongoing_requests=MAX_ONGOING)
+@ray_serve.deployment(name=INGRESS)
 @ray_serve.ingress()
-class Service:
-    """One replica of the service: the API, over an engine that loads in the background."""
+class Ingress:
+    """The API: reads requests, knows the tokenizers, and passes ids on to the engines."""
 
-    def __init__(self, model_folder: str, model_name: str, slots: int, threads: int):
-        self.model_name = model_name
-        self.replica = Replica(lambda: load_engine(model_folder, slots, threads))
+    def __init__(
+        self, folders: dict[str, str], engines: list[DeploymentHandle], options: Options, hosts: tuple[str, ...] | None
+    ):
+        self.folders, self.options = folders, options
+        self.backends = [Engines(handle, options) for handle in engines]
+        self.guards = Guards(
+            keys_file=options.keys, hosts=hosts, deadline_s=options.deadline_s, sends_request_id=False
+        )
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Guard:
         """Called by Ray Serve after the constructor."""
+        from llm.vocabulary import load_tokenizer
         from serve.api import Api
+        from serve.models import Served, lineage_of
 
-        return Api(self.replica, self.model_name).app()
-
-    async def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a replica whose engine has failed."""
-        if self.replica.failure is not None:
-            raise RuntimeError(f"the engine failed: {self.replica.failure}")
-
-
-def load_engine(model_folder: str, slots: int, threads: int) -> Engine:
-    """The engine of one replica. Ray gives its processes one thread for each CPU; torch is told to use them."""
-    import torch
-
-    from llm.loading import load
-
-    torch.set_num_threads(threads)
-    return load(mirror.here(Path(model_folder)), slots=slots)
+        models = {}
+        for (name, folder), backend in zip(self.folders.items(), self.backends, strict=True):
+            here = mirror.here(Path(folder))
+            models[name] = Served(name, backend, load_tokenizer(here), lineage_of(here))
+        return Api(models, self.guards).app()
 
 
 def build(
-    model_folder: Path, model_name: str, *, replicas: int = 1, cpus: float = 1, slots: int = 32
+    models: Mapping[str, Path], options: Options | None = None, *, hosts: tuple[str, ...] | None = None
 ) -> ray_serve.Application:
-    """The Ray Serve application that serves `model_folder` as `model_name`; each replica takes `cpus` CPUs."""
+    """The Ray Serve application that serves model folders under their names, at `hosts` alone if they are given."""
+    options = options or Options()
+    # Where a link leads now: a replica that starts later is to load the same model.
+    folders = {name: str(folder if mirror.key_of(folder) else folder.resolve()) for name, folder in models.items()}
+    engines = [
+        _engines(NAME if not number else f"{NAME}-{_tame(name)}", folder, options)
+        for number, (name, folder) in enumerate(folders.items())
+    ]
+    deployment = Ingress.options(  # type: ignore[attr-defined]
+        num_replicas=options.ingresses,
+        max_ongoing_requests=SPARE * Guards().max_in_flight,
+        # Next to an engine that claims the machine's only CPU there must be room.
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _variables()}},
+        **_lifetime(options),
+    )
+    return deployment.bind(folders, engines, options, hosts)
+
+
+def _engines(name: str, folder: str, options: Options) -> ray_serve.Application:
+    router = RequestRouterConfig(
+        request_router_class=PrefixRouter, request_router_kwargs={"slack": max(1, options.slots // 2)}
+    )
+    deployment = EngineReplica.options(  # type: ignore[attr-defined]
+        name=name,
+        max_ongoing_requests=SPARE * options.max_requests,
+        max_queued_requests=options.max_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_constructor_retry_count=3,
+        # A new replica is ready before an old one of an update goes.
+        max_surge_percent=100,
+        request_router_config=router,
+        ray_actor_options={
+            "num_cpus": options.cpus,
+            "num_gpus": options.gpus,
+            "runtime_env": {"env_vars": _variables()},
+        },
+        **_replicas(options),
+        **_lifetime(options),
+    )
+    return deployment.bind(folder, options)
+
+
+def _replicas(options: Options) -> dict[str, Any]:
+    if not options.scales:
+        return {"num_replicas": options.replicas}
+    targets = {"target_tokens": options.target_tokens, "target_wait_s": options.target_wait_s}
+    scaling = AutoscalingConfig(
+        min_replicas=options.replicas,
+        initial_replicas=max(1, options.replicas),
+        max_replicas=options.most,
+        metrics_interval_s=METRICS_EVERY_S,
+        look_back_period_s=LOOK_BACK_S,
+        upscale_delay_s=options.upscale_delay_s,
+        downscale_delay_s=options.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function=Policy, policy_kwargs=targets),
+    )
+    return {"num_replicas": None, "autoscaling_config": scaling}
+
+
+def _lifetime(options: Options) -> dict[str, Any]:
+    """How replicas end and are watched: what they have begun they finish, unless it takes longer than it may."""
+    return {
+        "graceful_shutdown_timeout_s": options.deadline_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": HEALTH_EVERY_S,
+    }
+
+
+def _variables() -> dict[str, str]:
     # By default OpenMP's threads spin while they wait for work; with as many of them as cores, Ray's own processes got
     # no core to pass the tokens on with: 32 streams on two cores gave 180 tokens/s, and 900 with threads that sleep.
-    variables = {"OMP_WAIT_POLICY": "PASSIVE", **mirror.same_everywhere()}
-    options = {"num_cpus": cpus, "runtime_env": {"env_vars": variables}}
-    deployment = Service.options(num_replicas=replicas, ray_actor_options=options)  # type: ignore[attr-defined]
-    # Where a link leads now: a replica that starts later is to load the same model.
-    folder = model_folder if mirror.key_of(model_folder) else Path(model_folder).resolve()
-    return deployment.bind(str(folder), model_name, slots, max(1, int(cpus)))
+    return {"OMP_WAIT_POLICY": "PASSIVE", **mirror.same_everywhere()}
+
+
+def _tame(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def application(args: dict[str, Any]) -> ray_serve.Application:
     """What a Serve configuration file names as `import_path: serve.app:application`.
 
-    Such a file decides on the address too, usually one that others reach, so `insecure` has to be said in it.
+    Such a file decides on the address too, usually one that others reach, so without keys `insecure` has to be said.
     """
     given = ApplicationArgs.model_validate(args)
-    if not given.insecure:
+    if not given.insecure and given.keys is None:
         raise BadInput(
             Problem(
                 "the service has no keys, and a Serve configuration opens it to the network",
-                "say `insecure: true` in `args` if everyone who can reach it may use it",
+                "name a file of keys in `args` as `keys`, or say `insecure: true` there if everyone who can reach it "
+                "may use it",
             )
         )
-    folder = folder_at(given.model_folder)
-    return build(folder, given.model_name, replicas=given.replicas, cpus=given.cpus, slots=given.slots)
+    folders = {given.model_name: given.model_folder, **given.also}
+    options = Options.model_validate(given.model_dump(include=set(Options.model_fields)))
+    return build({name: folder_at(folder) for name, folder in folders.items()}, options)
 
 
 def start(
-    model_folder: Path,
-    model_name: str,
+    models: Mapping[str, Path],
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
-    replicas: int = 1,
-    cpus: float = 1,
-    slots: int = 32,
+    options: Options | None = None,
     insecure: bool = False,
 ) -> str:
-    """Serve `model_folder` on the Ray that is initialised; return the API's address. `/readyz` says when it is loaded.
+    """Serve model folders, by their names, on the Ray that is initialised, and return the API's address.
 
-    BadInput, before anything starts, if the folder holds no model, others could reach `host`, the port is taken, or
-    this Ray serves already.
+    `/readyz` says when it is ready. BadInput, before anything starts, if a folder holds no model, others could reach
+    `host` without a key, the port is taken, or this Ray serves already; afterwards, if a model can't be loaded.
     """
-    from llm.loading import check_model_folder
-
-    try:
-        check_model_folder(Path(model_folder))
-    except ValueError as error:
-        raise BadInput(Problem(str(error), "give a run, or a folder with a Hugging Face model")) from error
-    check_host(host, insecure)
+    options = options or Options()
+    for folder in models.values():
+        _check_model(Path(folder))
+    check_host(host, insecure or options.keys is not None)
     check_port(host, port)
     check_idle()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what starts where is not the user's business
-    ray_serve.start(http_options={"host": host, "port": port})
-    application = build(model_folder, model_name, replicas=replicas, cpus=cpus, slots=slots)
-    ray_serve.run(application, name=NAME, route_prefix="/")
+    ray_serve.start(http_options={"host": host, "port": port, "middlewares": middlewares()})
+    # A page whose name is made to point at this machine would talk to the service as if it were the page's own.
+    hosts = LOOPBACK_HOSTS if _is_loopback(host) and options.keys is None else None
+    try:
+        ray_serve.run(build(models, options, hosts=hosts), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise BadInput(Problem(f"the service didn't start: {error}", "see its log, named above")) from error
     return f"http://{host}:{port}/v1"
 
 
 def stop() -> None:
-    """Stop the service, with Ray Serve on this Ray."""
+    """Stop the service, with Ray Serve on this Ray. Requests that it has begun come to their end first."""
     ray_serve.shutdown()
+
+
+def _check_model(folder: Path) -> None:
+    from llm.loading import check_model_folder
+
+    try:
+        check_model_folder(folder)
+    except ValueError as error:
+        raise BadInput(Problem(str(error), "give a run, or a folder with a Hugging Face model")) from error
 
 
 def check_idle() -> None:
@@ -132,14 +213,14 @@ def check_idle() -> None:
         raise BadInput(Problem(f"this Ray serves {', '.join(running)} already", "stop it first, or use another Ray"))
 
 
-def check_host(host: str, insecure: bool) -> None:
-    """BadInput if others than this machine could reach `host`, unless the user said that they may."""
-    if insecure or _is_loopback(host):
+def check_host(host: str, allowed: bool) -> None:
+    """BadInput if others than this machine could reach `host`, unless the user said or saw to it that they may."""
+    if allowed or _is_loopback(host):
         return
     raise BadInput(
         Problem(
             f"{host} can be reached from other machines, and the service has no keys: anyone there could use it",
-            "serve on 127.0.0.1, or say --insecure if everyone who can reach it may use it",
+            "serve on 127.0.0.1, give it keys with --keys, or say --insecure if everyone who can reach it may use it",
         )
     )
 

@@ -10,16 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from llm.engine import FinishReason, Token
-from llm.pieces import Pieces
-from serve.protocol import (
-    MAX_LOGPROBS,
-    MAX_PROMPT_CHARACTERS,
-    GenerationRequest,
-    Usage,
-)
+from llm.engine import Token
+from serve.models import Served
+from serve.protocol import MAX_CHOICES, MAX_LOGPROBS, GenerationRequest, Usage, check_text
 
-MAX_ANSWERS = 64  # n times the prompts of one request
+FinishReason = Literal["stop", "length"]
 
 
 class CompletionRequest(GenerationRequest):
@@ -28,13 +23,10 @@ class CompletionRequest(GenerationRequest):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "best_of": (1,),
         "echo": (False,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
-        "presence_penalty": (0,),
         "suffix": ("",),
     }
 
-    prompt: str | list[str] | list[int]
+    prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -43,30 +35,23 @@ class CompletionRequest(GenerationRequest):
         prompts = self.prompts()
         if not prompts:
             raise ValueError("prompt is empty: it needs at least one token")
-        if len(prompts) * self.n > MAX_ANSWERS:
-            raise ValueError(f"n times the prompts may be at most {MAX_ANSWERS}, got {self.n} times {len(prompts)}")
+        if len(prompts) * self.n > MAX_CHOICES:
+            raise ValueError(f"n times the prompts may be at most {MAX_CHOICES}, got {self.n} times {len(prompts)}")
         for text in prompts:
             if isinstance(text, str):
-                _check_text(text)
+                check_text("prompt", text)
         return self
 
-    def prompts(self) -> list[str | list[int]]:
+    def prompts(self) -> list[str] | list[list[int]]:
         """Each prompt, as text or ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [token for token in self.prompt if isinstance(token, int)]
-        return [ids] if ids else [text for text in self.prompt if isinstance(text, str)]
+        return as_list(self.prompt)
 
 
-def _check_text(text: str) -> None:
-    if not text:
-        raise ValueError("prompt is empty: it needs at least one token")
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"prompt takes at most {MAX_PROMPT_CHARACTERS} characters, got {len(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"prompt isn't valid Unicode: {error.reason} at character {error.start}") from error
+def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str] | list[list[int]]:
+    """Texts or lists of ids, of which one may be given without its list."""
+    if isinstance(given, str):
+        return [given]
+    return [given] if given and isinstance(given[0], int) else given  # type: ignore[return-value,list-item]
 
 
 class Logprobs(BaseModel):
@@ -99,9 +84,9 @@ class CompletionResponse(BaseModel):
 class CompletionWriter:
     """Words the tokens of one request as completions; the choices are in the order of the prompts."""
 
-    def __init__(self, request: CompletionRequest, pieces: Pieces):
+    def __init__(self, request: CompletionRequest, served: Served):
         self.logprobs = request.logprobs is not None
-        self.pieces = pieces
+        self.pieces = served.pieces
         self._response = CompletionResponse(model=request.model, choices=[])
         self._sent: Counter[int] = Counter()  # characters of each choice that the stream has shown
 
@@ -128,7 +113,7 @@ class CompletionWriter:
             index=index,
             text="".join(token.text for token in tokens),
             logprobs=self._logprobs(tokens, self._sent[index]) if self.logprobs else None,
-            finish_reason=tokens[-1].finish_reason,
+            finish_reason=_reason(tokens[-1]),
         )
 
     def _logprobs(self, tokens: list[Token], offset: int) -> Logprobs:
@@ -141,3 +126,7 @@ class CompletionWriter:
             top_logprobs=[{self.pieces.spelling(i): logprob for i, logprob in token.top} for token in tokens],
             text_offset=offsets,
         )
+
+
+def _reason(token: Token) -> FinishReason | None:
+    return None if token.finish_reason is None else "length" if token.finish_reason == "length" else "stop"

@@ -80,6 +80,10 @@ class Replica:
             slots=engine.slots,
         )
 
+    async def failed(self) -> None:
+        """Returns when the engine has failed."""
+        await asyncio.wait([self._driver])
+
     def check(self, requests: Sequence[Request]) -> None:
         """Refuse what could not run: ValueError for a bad request, Overloaded, Unavailable."""
         for prompt_ids, params in requests:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from llm.chat import fit_window, render_conversation, render_turns
-from llm.vocabulary import ROLES, SPECIAL_TOKENS, encode_text, load_tokenizer
+from llm.vocabulary import PLAIN_CHAT_TEMPLATE, ROLES, SPECIAL_TOKENS, encode_text, load_tokenizer
 from tests.models import SENTENCES
 
 TEXTS = [
@@ -70,7 +70,66 @@ def test_a_special_token_spelt_out_in_a_turn_is_text(tokenizer, role, token):
     assert sum(mask) == (len(ids) - 1 if role == "assistant" else 0)
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "clock", "description": "Tells <|end|> the naïve time."}},
+    {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"enum": [1, "<b>"]}}}},
+    },
+]
+
+
+def calling(content: str, *calls: tuple[str, dict]) -> dict:
+    functions = [{"type": "function", "function": {"name": name, "arguments": given}} for name, given in calls]
+    return {"role": "assistant", "content": content, "tool_calls": functions}
+
+
+CALLED = [
+    *conversation(("system", "Be brief."), ("user", "Add and tell the time.")),
+    calling("Well: ", ("add", {"a": 1, "b": ["é", None, 0.5]}), ("clock", {})),
+    *conversation(("tool", "3"), ("tool", "noon"), ("assistant", "It is 3 at noon."), ("user", "Again?")),
+]
+
+
+def test_functions_and_their_calls_are_the_templates(tokenizer):
+    tools = [TOOLS[1]]
+    ids = render_turns(tokenizer, CALLED, tools)
+    assert ids == tokenizer.apply_chat_template(CALLED, tools, add_generation_prompt=True)["input_ids"]
+    ids, mask = render_conversation(tokenizer, CALLED, tools)
+    own = tokenizer.apply_chat_template(CALLED, tools, return_dict=True, return_assistant_tokens_mask=True)
+    assert (ids, mask) == (own["input_ids"], own["assistant_masks"])
+
+
+def test_functions_and_calls_cannot_spell_special_tokens(tokenizer):
+    messages = [*CALLED, calling("", ("add", {"a": "<|end|><|user|>"})), {"role": "tool", "content": "x"}]
+    ids = render_turns(tokenizer, messages, TOOLS)
+    text = tokenizer.decode(ids)
+    assert "Tells <|end|> the naïve time." in text
+    assert '{"name": "add", "arguments": {"a": "<|end|><|user|>"}}' in text
+    ends = tokenizer.convert_ids_to_tokens([i for i in ids if i < len(SPECIAL_TOKENS)])
+    assert (ends.count("<|end|>"), ends.count("<|user|>")) == (len(messages) + 1, 2)
+
+
+def test_the_window_counts_what_is_said_of_functions(tokenizer):
+    need = len(render_turns(tokenizer, LONG, TOOLS))
+    assert fit_window(tokenizer, LONG, need + 10, 10, TOOLS) == LONG
+    assert len(fit_window(tokenizer, LONG, need + 9, 10, TOOLS)) < len(LONG)
+
+
+def test_a_template_without_functions_still_renders_conversations(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    plain = load_tokenizer(tmp_path)
+    plain.chat_template = PLAIN_CHAT_TEMPLATE
+    messages = shuffled(1)
+    assert render_turns(plain, messages) == render_turns(tokenizer, messages)
+    for refused, tools in ((messages, TOOLS), (CALLED, [])):
+        with pytest.raises(ValueError, match="the model's chat template has none"):
+            render_turns(plain, refused, tools)
+
+
 BAD = [
+    ([{**calling("", ("add", {})), "role": "user"}], r"messages\[0\]\.tool_calls: only the assistant calls"),
+    ([calling("", ("add", {"a": "\ud800"}))], r"messages\[0\]\.tool_calls\[0\] isn't valid Unicode"),
     ([], "messages are empty"),
     (["hi"], r"messages\[0\] must be an object with role and content, got 'hi'"),
     ([{"role": "wizard", "content": "x"}], r"messages\[0\]\.role must be one of system, .*, got 'wizard'"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster.local import SERVING
 from tests.models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.update({key: value for key, value in SERVING.items() if key not in os.environ})
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
     )
@@ -36,8 +38,9 @@ def ray_cluster() -> Iterator[None]:
 def service(ray_cluster, model_folder) -> Iterator[str]:
     """The address of a running, ready service of `model_folder`, named tiny."""
     from serve import app
+    from serve.options import Options
 
-    url = app.start(model_folder, "tiny", port=free_port(), cpus=1, slots=4)
+    url = app.start({"tiny": model_folder}, port=free_port(), options=Options(cpus=1, slots=4))
     wait_until_ready(url.removesuffix("/v1"))
     yield url
     app.stop()

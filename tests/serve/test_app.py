@@ -212,24 +212,24 @@ def test_a_port_in_use_is_refused_with_a_remedy(ray_cluster, model_folder):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(BadInput, match=r"(?s)can't listen on.*--port"):
-            app.start(model_folder, "tiny", port=taken.getsockname()[1])
+            app.start({"tiny": model_folder}, port=taken.getsockname()[1])
 
 
 @slow
 def test_one_ray_serves_once(service, model_folder):
     with pytest.raises(BadInput, match=r"(?s)serves headwater already.*stop it first"):
-        app.start(model_folder, "tiny", port=free_port())
+        app.start({"tiny": model_folder}, port=free_port())
 
 
 def test_a_host_that_others_reach_needs_plain_words(model_folder):
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
         with pytest.raises(BadInput, match=r"(?s)other machines.*--insecure"):
-            app.start(model_folder, "tiny", host=host)
-        app.check_host(host, insecure=True)
+            app.start({"tiny": model_folder}, host=host)
+        app.check_host(host, allowed=True)
     for host in ("127.0.0.1", "localhost", "::1"):
-        app.check_host(host, insecure=False)
+        app.check_host(host, allowed=False)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
     with pytest.raises(BadInput, match=r"no config\.json"):
-        app.start(tmp_path, "tiny")
+        app.start({"tiny": tmp_path})
