@@ -242,17 +242,18 @@ def warm(address: str, load: Load) -> None:
 # The services
 
 
-def ours(model: Model, deadline_s: float | None = None) -> Service:
-    return lambda: _own("ray", model, deadline_s)
+def ours(model: Model, **options: float) -> Service:
+    """options: of serve.options.Options."""
+    return lambda: _own("ray", model, options)
 
 
 def plain(model: Model) -> Service:
-    return lambda: _own("uvicorn", model, None)
+    return lambda: _own("uvicorn", model, {})
 
 
-def _own(kind: str, model: Model, deadline_s: float | None) -> AbstractContextManager[str]:
+def _own(kind: str, model: Model, options: dict[str, float]) -> AbstractContextManager[str]:
     order = {"kind": kind, "folder": model.folder, "name": str(model.folder), "port": free_port()}
-    order |= {"slots": CLIENTS, "threads": CPUS, "deadline_s": deadline_s}
+    order |= {"slots": CLIENTS, "threads": CPUS, "options": options}
     words = processes.python("tests.bench.service", order)
     return _running(words, order["port"], "/readyz", environment() | SLEEPING)
 

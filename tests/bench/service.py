@@ -1,7 +1,7 @@
 """A service to measure, in a process of its own until it is told to stop: python -m tests.bench.service ORDER.
 
 order, as JSON: `kind` ray: as `headwater serve` starts it; uvicorn: the same API and engine in this process, without
-Ray. `folder`, `name`, `port`, `slots`, `threads`, `deadline_s` (null: the service's own).
+Ray. `folder`, `name`, `port`, `slots`, `threads`, `options`: further ones of serve.options.Options.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -18,8 +19,10 @@ def on_ray(order: dict[str, Any]) -> None:
 
     with ray_session(None, ClusterSettings().object_store_mb):
         from serve import app
+        from serve.options import Options
 
-        app.start(order["folder"], order["name"], port=order["port"], cpus=order["threads"], slots=order["slots"])
+        options = Options(cpus=order["threads"], slots=order["slots"], **order["options"])
+        app.start({order["name"]: Path(order["folder"])}, port=order["port"], options=options)
         signal.pause()
 
 
@@ -28,13 +31,17 @@ def on_uvicorn(order: dict[str, Any]) -> None:
     import uvicorn
 
     from llm.loading import load
+    from llm.vocabulary import load_tokenizer
     from serve.api import Api
+    from serve.models import Served
     from serve.replica import Replica
 
     torch.set_num_threads(order["threads"])
+    folder = Path(order["folder"])
 
     def app():  # made by the server, in its event loop
-        return Api(Replica(lambda: load(order["folder"], slots=order["slots"])), order["name"]).app()
+        replica = Replica(lambda: load(folder, slots=order["slots"]))
+        return Api({order["name"]: Served(order["name"], replica, load_tokenizer(folder))}).app()
 
     uvicorn.run(app, factory=True, port=order["port"], log_level="warning")
 
