@@ -13,8 +13,7 @@ import os
 import signal
 import subprocess
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import httpx
 
 from llm.engine import FinishReason, Token
 from llm.sampling import MAX_TOP_LOGPROBS, SamplingParams
-from serve.backend import DeadlineExceeded, Load, ModelInfo, Overloaded, Request, Unavailable, check_prompt
+from serve.backend import Load, ModelInfo, Overloaded, Request, Unavailable, check_prompt
 
 EXECUTABLE = "HEADWATER_VLLM"  # the environment variable that names vLLM's command, where it is not on the PATH
 LOOK_EVERY_S = 1.0
@@ -83,6 +82,10 @@ class Vllm:
         await self._changed.wait()
         return self.info
 
+    async def failed(self) -> None:
+        """Returns when the server is taken for dead."""
+        await self._watcher
+
     def check(self, requests: Sequence[Request]) -> None:
         """ValueError, Overloaded, Unavailable. What a grammar is worth the server says when it is asked."""
         for prompt_ids, params in requests:
@@ -98,18 +101,25 @@ class Vllm:
         Closing it closes the connections, at which vLLM drops the requests. Of tokens that came together the last
         carries their text. ValueError if the server refuses one, Unavailable if it fails, DeadlineExceeded.
         """
+        async with aclosing(self.batches(requests, deadline_s=deadline_s)) as batches:
+            async for batch in batches:
+                for index, token in batch:
+                    yield index, token
+
+    async def batches(
+        self, requests: Sequence[Request], *, deadline_s: float | None = None
+    ) -> AsyncGenerator[list[tuple[int, Token]], None]:
+        """The same, with all that has come since the caller looked last at once."""
         self.check(requests)
         queue: asyncio.Queue[tuple[int, Token] | Exception] = asyncio.Queue()
         tasks = [asyncio.create_task(self._ask(index, one, queue)) for index, one in enumerate(requests)]
-        alarm = _alarm(queue, deadline_s)
+        alarm = alarm_of(queue, deadline_s)
         unfinished = len(requests)
         try:
             while unfinished:
-                came = await queue.get()
-                if isinstance(came, Exception):
-                    raise came
-                unfinished -= came[1].finish_reason is not None
-                yield came
+                batch = await all_of(queue)
+                unfinished -= sum(token.finish_reason is not None for _, token in batch)
+                yield batch
         finally:
             if alarm:
                 alarm.cancel()
@@ -291,14 +301,6 @@ def _likeliest(logprobs: dict[str, float], number: int) -> list[tuple[int, float
     """vLLM adds the token that was drawn to the likeliest ones, whatever its place."""
     pairs = [(int(spelt.removeprefix(ID)), logprob) for spelt, logprob in logprobs.items()]
     return sorted(pairs, key=lambda pair: -pair[1])[:number]
-
-
-def _alarm(queue: asyncio.Queue[Any], deadline_s: float | None) -> asyncio.TimerHandle | None:
-    """Puts an end to what is read from `queue` when the deadline is over."""
-    if deadline_s is None:
-        return None
-    error = DeadlineExceeded(f"the answer took longer than the {deadline_s:g} s that it may")
-    return asyncio.get_running_loop().call_later(deadline_s, partial(queue.put_nowait, error))
 
 
 # The server as a child

@@ -48,6 +48,17 @@ async def ask(address: str, body: dict[str, Any]) -> Answer:
     return _answer(head, pieces, sent)
 
 
+async def vanish(address: str, body: dict[str, Any]) -> None:
+    """Ask, wait for the first event, and be gone without a word."""
+    where = urlsplit(address)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    try:
+        writer.write(_request(where.netloc, f"{where.path}/completions", body))
+        await reader.readuntil(b"data:")
+    finally:
+        writer.transport.abort()
+
+
 def closed_loop(address: str, clients: Sequence[Sequence[dict[str, Any]]]) -> list[list[Answer]]:
     """Each client sends its requests one after the other, all clients at once."""
 

@@ -87,7 +87,9 @@ def _static(model: Model, scale: Scale) -> Figure:
     requests = equal(model, scale)
     weights = loaded(model)
     engine = engine_of(model, weights, requests)
-    return _timed(f"static_{model.name}", 0.9, engine, requests, lambda: in_batches(weights, requests, SLOTS), scale)
+    return _timed(
+        f"static_{model.name}", 0.9, engine, requests, lambda: in_batches(weights, requests, len(requests)), scale
+    )
 
 
 def _arrivals(model: Model, scale: Scale) -> Figure:
@@ -122,8 +124,8 @@ def _timed(
 # What is asked for
 
 
-def equal(model: Model, scale: Scale, number: int = SLOTS) -> list[Request]:
-    return [Request(prompt, max(4, scale.of(NEW_TOKENS))) for prompt in prompts(model, number)]
+def equal(model: Model, scale: Scale) -> list[Request]:
+    return [Request(prompt, max(4, scale.of(NEW_TOKENS))) for prompt in prompts(model, max(2, scale.of(SLOTS)))]
 
 
 def over_time(requests: list[Request], model: PreTrainedModel, slots: int) -> list[Request]:
@@ -143,7 +145,7 @@ def _sharing(model: Model, scale: Scale) -> list[Request]:
     """A system prompt of 200 tokens, 8 to 60 more of each request's own, 16 to 64 to answer."""
     draw = Random(2)
     system = prompts(model, 1, SYSTEM_TOKENS, seed=1)[0]
-    own = prompts(model, SHARING, 60)
+    own = prompts(model, max(2, scale.of(SHARING)), 60)
     return [Request(system + one[: draw.randint(8, 60)], max(2, scale.of(draw.randint(16, 64)))) for one in own]
 
 

@@ -121,9 +121,9 @@ def _http_engine(model: Model, scale: Scale) -> Figure:
 
 
 def _load(model: Model, scale: Scale, rounds: int = ROUNDS) -> Load:
-    new_tokens = max(4, scale.of(NEW_TOKENS))
-    asked = [Request(prompt, new_tokens) for prompt in prompts(model, CLIENTS * (rounds + 1))]
-    return Load(model, [asked[client + CLIENTS :: CLIENTS] for client in range(CLIENTS)], asked[:CLIENTS])
+    new_tokens, number = max(4, scale.of(NEW_TOKENS)), max(2, scale.of(CLIENTS))
+    asked = [Request(prompt, new_tokens) for prompt in prompts(model, number * (max(1, scale.of(rounds)) + 1))]
+    return Load(model, [asked[client + number :: number] for client in range(number)], asked[:number])
 
 
 def body(model: Model, request: Request) -> dict[str, Any]:
