@@ -62,8 +62,9 @@ def fit_window(
 ) -> list[Message]:
     """The newest messages whose prompt leaves room for `reply_tokens` in `context` tokens, in their order.
 
-    Every system turn stays, and what is said of `tools`. Of the others the oldest go first, by whole exchanges: a user's turn with all that
-    answers it. ValueError, with the numbers, if not even the newest exchange fits, or if `render_turns` would refuse.
+    Every system turn stays, and what is said of `tools`. Of the others the oldest go first, by whole exchanges: a
+    user's turn with all that answers it. ValueError, with the numbers, if not even the newest exchange fits, or if
+    `render_turns` would refuse.
     """
     check_turns(messages)
     _check_template(tokenizer, messages, tools)
@@ -121,9 +122,7 @@ def _check_unicode(place: str, text: str) -> None:
         raise ValueError(f"{place} isn't valid Unicode: {error.reason} at character {error.start}") from error
 
 
-def _check_template(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[Tool]
-) -> None:
+def _check_template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
     if tokenizer.chat_template == CHAT_TEMPLATE:
         return
     if tokenizer.chat_template != PLAIN_CHAT_TEMPLATE:

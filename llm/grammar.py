@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-GrammarKind = Literal["json_schema", "json_object", "regex"]
+GrammarKind = Literal["json_schema", "json_object", "regex", "lark"]
 
 MAX_GRAMMAR_BYTES = 32_768
 
@@ -25,7 +25,8 @@ class GrammarError(ValueError):
 class Grammar:
     """What an answer's text must match, from its first character to its last.
 
-    `text` is the JSON schema, the regular expression (Rust's syntax, without look-around), or "" for `json_object`.
+    `text` is the JSON schema, the regular expression (Rust's syntax, without look-around), "" for `json_object`,
+    or llguidance's dialect of Lark, which can name special tokens.
     """
 
     kind: GrammarKind
@@ -102,5 +103,7 @@ def _source(grammar: Grammar) -> str:
 
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
+    if grammar.kind == "lark":
+        return LLMatcher.grammar_from_lark(grammar.text)
     schema = {"type": "object"} if grammar.kind == "json_object" else json.loads(grammar.text)
     return LLMatcher.grammar_from_json_schema(schema)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import json
 import os
 import signal
 import sys
@@ -250,6 +251,43 @@ def serve(chosen: argparse.Namespace) -> None:
                 app.stop()
 
 
+def keys_add(chosen: argparse.Namespace) -> None:
+    """Make a key of the service and show it, this once."""
+    from datetime import UTC, datetime
+
+    from pipelines.keys import expiry, show_new
+    from serve import keys
+
+    file = _keys_file(chosen)
+    limits = {name: getattr(chosen, name) for name in keys.Limits.model_fields}
+    ends = expiry(chosen.expires, datetime.now(UTC)) if chosen.expires else None
+    show_new(chosen.name, keys.add(file, chosen.name, ends, limits), file, chosen.json)
+
+
+def keys_list(chosen: argparse.Namespace) -> None:
+    """Show the service's keys and their budgets."""
+    from pipelines.keys import show
+    from serve import keys
+
+    file = _keys_file(chosen)
+    show([key.model_dump(exclude={"sha256"}) for key in keys.stored(file)], file, chosen.json)
+
+
+def keys_revoke(chosen: argparse.Namespace) -> None:
+    """End a key."""
+    from serve import keys
+
+    file = _keys_file(chosen)
+    keys.revoke(file, chosen.name)
+    print(json.dumps({"revoked": chosen.name, "file": str(file)}) if chosen.json else f"{chosen.name} is revoked")
+
+
+def _keys_file(chosen: argparse.Namespace) -> Path:
+    from serve.keys import default_file
+
+    return Path(chosen.keys).expanduser().absolute() if chosen.keys else default_file()
+
+
 def render_manifests(chosen: argparse.Namespace) -> None:
     """Write a recipe's Kubernetes manifests into a folder, or print them."""
     from cluster import manifests
@@ -440,6 +478,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fill(verbs)
     _add_chat(verbs)
     _add_serve(verbs)
+    _add_keys(verbs)
     _add_look(verbs)
     _add_k8s(verbs)
     return parser
@@ -608,6 +647,40 @@ def _add_serve_settings(parser: argparse.ArgumentParser) -> None:
         text = f"{field.description} (the recipe's serve.{name}, else {field.default})"
         metavar = {int: "N", float: "SECONDS"}.get(kinds.get(name, str), "FILE" if name == "keys" else "HOST")
         parser.add_argument(f"--{name.replace('_', '-')}", type=kinds.get(name, str), metavar=metavar, help=text)
+
+
+def _add_keys(verbs: Any) -> None:
+    about = "keys of the service: who may use it, and how much"
+    things = verbs.add_parser("keys", help=about, description=about).add_subparsers(
+        title="things", required=True, metavar="THING"
+    )
+    text = "make a key and show it, this once; what answers requests counts its budgets, each process for itself"
+    parser = _add_keys_verb(things, "add", keys_add, text)
+    parser.add_argument("name", metavar="NAME", help="what to call it in lists, logs and `revoke`")
+    parser.add_argument(
+        "--requests-per-minute", type=int, metavar="N", help="requests a minute; evenly after N at once"
+    )
+    parser.add_argument("--concurrent", type=int, metavar="N", help="requests at once")
+    parser.add_argument("--tokens-per-minute", type=int, metavar="N", help="tokens a minute, of prompts and answers")
+    parser.add_argument("--tokens-per-day", type=int, metavar="N", help="tokens a day of UTC")
+    parser.add_argument("--models", type=_words, metavar="A,B", help="models that it is for (all)")
+    parser.add_argument("--expires", metavar="WHEN", help="12h, 30d, 8w, or a date, of UTC (never)")
+    _add_keys_verb(things, "list", keys_list, "show the keys and their budgets, not what they are")
+    parser = _add_keys_verb(things, "revoke", keys_revoke, "end a key: a running service refuses it from now on")
+    parser.add_argument("name", metavar="NAME", help="the key's name")
+
+
+def _add_keys_verb(things: Any, name: str, verb: Any, text: str) -> argparse.ArgumentParser:
+    parser = things.add_parser(name, help=text, description=text)
+    parser.set_defaults(verb=verb)
+    where = "the file of the keys (HEADWATER_KEYS, else keys.json in ~/.config/headwater)"
+    parser.add_argument("--keys", metavar="FILE", help=where)
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    return parser
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
 
 
 def _add_look(verbs: Any) -> None:

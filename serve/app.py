@@ -19,7 +19,6 @@ from cluster.runs import folder_at
 from serve.engines import EngineReplica, Engines
 from serve.guards import LOOPBACK_HOSTS, Guard, Guards
 from serve.options import ApplicationArgs, Options
-from serve.proxies import middlewares
 from serve.routing import PrefixRouter
 from serve.scaling import Policy
 
@@ -43,7 +42,7 @@ class Ingress:
     def __init__(
         self, folders: dict[str, str], engines: list[DeploymentHandle], options: Options, hosts: tuple[str, ...] | None
     ):
-        self.folders, self.options = folders, options
+        self.folders = folders
         self.backends = [Engines(handle, options) for handle in engines]
         self.guards = Guards(
             keys_file=options.keys, hosts=hosts, deadline_s=options.deadline_s, sends_request_id=False
@@ -69,8 +68,8 @@ def build(
     options = options or Options()
     # Where a link leads now: a replica that starts later is to load the same model.
     folders = {name: str(folder if mirror.key_of(folder) else folder.resolve()) for name, folder in models.items()}
-    engines = [
-        _engines(NAME if not number else f"{NAME}-{_tame(name)}", folder, options)
+    replicas = [
+        engines(NAME if not number else f"{NAME}-{_tame(name)}", folder, options)
         for number, (name, folder) in enumerate(folders.items())
     ]
     deployment = Ingress.options(  # type: ignore[attr-defined]
@@ -80,10 +79,11 @@ def build(
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _variables()}},
         **_lifetime(options),
     )
-    return deployment.bind(folders, engines, options, hosts)
+    return deployment.bind(folders, replicas, options, hosts)
 
 
-def _engines(name: str, folder: str, options: Options) -> ray_serve.Application:
+def engines(name: str, folder: str, options: Options) -> ray_serve.Application:
+    """The replicas of the model in `folder`, as the deployment `name`."""
     router = RequestRouterConfig(
         request_router_class=PrefixRouter, request_router_kwargs={"slack": max(1, options.slots // 2)}
     )
@@ -182,7 +182,7 @@ def start(
     check_port(host, port)
     check_idle()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what starts where is not the user's business
-    ray_serve.start(http_options={"host": host, "port": port, "middlewares": middlewares()})
+    ray_serve.start(http_options={"host": host, "port": port})
     # A page whose name is made to point at this machine would talk to the service as if it were the page's own.
     hosts = LOOPBACK_HOSTS if _is_loopback(host) and options.keys is None else None
     try:

@@ -176,7 +176,7 @@ def as_turns(messages: list[ChatMessage]) -> list[Message]:
 
 
 def _in_order_of_calls(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """The turns, those of tools after an assistant's calls in the order of the calls, which is how they are told apart.
+    """The turns, those of tools that follow calls in the order of the calls, by which they are told apart.
 
     ValueError for one that names another call.
     """

@@ -51,7 +51,7 @@ def as_list(given: str | list[str] | list[int] | list[list[int]]) -> list[str] |
     """Texts or lists of ids, of which one may be given without its list."""
     if isinstance(given, str):
         return [given]
-    return [given] if given and isinstance(given[0], int) else given  # type: ignore[return-value,list-item]
+    return [given] if given and isinstance(given[0], int) else given  # type: ignore[return-value]
 
 
 class Logprobs(BaseModel):

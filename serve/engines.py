@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class EngineReplica:
     """One replica: an engine, loaded before Ray Serve sends requests. Its process ends when the engine fails."""
 
-    async def __init__(self, model_folder: str, options: Options):
+    async def __init__(self, model_folder: str, options: Options):  # type: ignore[misc]
         from serve.replica import Replica
 
         self.replica = Replica(lambda: load_engine(model_folder, options), max_requests=options.max_requests)

@@ -13,11 +13,11 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -25,6 +25,7 @@ from cluster.errors import BadInput, Problem
 
 PREFIX = "hw-"
 KEYS_VARIABLE = "HEADWATER_KEYS"
+NO_LIMITS: Mapping[str, Any] = {}
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class Limits(BaseModel):
     concurrent: int | None = Field(None, ge=1)
     tokens_per_minute: int | None = Field(None, ge=1)
     tokens_per_day: int | None = Field(None, ge=1)
-    models: tuple[str, ...] | None = Field(None, min_length=1)
+    models: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(None, min_length=1)
 
 
 class Key(Limits):
@@ -136,17 +137,20 @@ def stored(path: Path) -> tuple[Key, ...]:
         raise BadInput(Problem(str(error), "mend it, or move it away and add the keys anew")) from error
 
 
-def add(path: Path, name: str, limits: Limits, expires: datetime | None = None) -> str:
-    """A new key, whose text is returned and stored nowhere. BadInput if the name is taken or not a name."""
+def add(path: Path, name: str, expires: datetime | None = None, limits: Mapping[str, Any] = NO_LIMITS) -> str:
+    """A new key with those fields of Limits, whose text is returned and stored nowhere.
+
+    BadInput if the name is taken or no name, or a limit is out of bounds.
+    """
     text = PREFIX + secrets.token_urlsafe(32)
+    try:
+        key = Key(name=name, sha256=_hash(text), created=_now(), expires=expires, **limits)
+    except ValidationError as error:
+        raise BadInput(Problem(_first(error), "see headwater keys add --help")) from None
     with _locked(path):
         keys = stored(path)
-        if any(key.name == name for key in keys):
+        if any(other.name == name for other in keys):
             raise BadInput(Problem(f"there is a key '{name}' already", f"headwater keys revoke {name}"))
-        try:
-            key = Key(name=name, sha256=_hash(text), created=_now(), expires=expires, **limits.model_dump())
-        except ValidationError as error:
-            raise BadInput(Problem(_first(error), "see headwater keys add --help")) from None
         _write(path, (*keys, key))
     return text
 

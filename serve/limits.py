@@ -14,6 +14,7 @@ from serve.keys import Key
 from serve.refusals import OverBudget, RequestError
 
 DAY_S = 86_400
+ROUNDING_S = 1e-6  # who waited as long as it was told is not refused for the last bit of a float
 Clock = Callable[[], float]
 
 
@@ -35,7 +36,8 @@ class Bucket:
         """Seconds until `amount` can be taken; infinite if it never can."""
         if amount > self.size:
             return math.inf
-        return max(0.0, (amount - self.left) / self._rate)
+        wait = (amount - self.left) / self._rate
+        return wait if wait > ROUNDING_S else 0.0
 
     def take(self, amount: float) -> None:
         """Take `amount`, or give it back if negative."""

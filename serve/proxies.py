@@ -1,7 +1,7 @@
 """What Ray Serve's HTTP proxies do for us: say what happened when the process that was answering is gone.
 
-Proxies import this, so it imports nothing heavy. Where a Serve configuration file starts them, the environment of
-Ray's head must have RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxies:middlewares.
+Proxies import this, so it imports nothing heavy. They do so where the Ray that starts them has in its environment
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve.proxies:middlewares, as `cluster.local` gives it.
 """
 
 from __future__ import annotations

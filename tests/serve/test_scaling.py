@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from llm.sampling import SamplingParams
+from pipelines.plots import braille
+from serve import app
+from serve.engines import Engines
 from serve.options import Options
 from serve.scaling import FIRST_TOKEN_S, QUEUED_TOKENS, Policy, decide
 
@@ -62,3 +72,107 @@ def test_options_say_how_many_replicas_there_may_be():
     assert Options(replicas=1, max_replicas=4).scales
     with pytest.raises(ValueError, match=r"max_replicas \(1\) is below replicas \(2\)"):
         Options(replicas=2, max_replicas=1)
+
+
+ANSWER = 100  # tokens
+MANY = 12  # clients, each with an answer at a time
+SCALING = Options(
+    replicas=0,
+    max_replicas=2,
+    cpus=0.4,
+    slots=4,
+    target_tokens=5 * ANSWER,
+    target_wait_s=60,
+    upscale_delay_s=1,
+    downscale_delay_s=3,
+)
+SETTLES_WITHIN_S = 300
+
+
+class Watched:
+    """The replicas of the application `scaling`, several times a second."""
+
+    def __init__(self, engines: Engines):
+        self.engines, self.started = engines, time.monotonic()
+        self.rows: list[dict[str, float]] = []
+        self.clients = 0
+
+    async def watch(self) -> None:
+        while True:
+            status = await asyncio.to_thread(ray_serve.status)
+            states = status.applications["scaling"].deployments["scaled"].replica_states
+            self.rows.append(
+                {
+                    "seconds": round(time.monotonic() - self.started, 2),
+                    "clients": self.clients,
+                    "replicas": states.get("RUNNING", 0),
+                    "queued_tokens": self.engines.load().queued_tokens,
+                }
+            )
+            await asyncio.sleep(0.25)
+
+    async def until(self, replicas: int) -> None:
+        deadline = time.monotonic() + SETTLES_WITHIN_S
+        while not self.rows or self.rows[-1]["replicas"] != replicas:
+            assert time.monotonic() < deadline, f"not {replicas} replicas: {self.rows[-1:]}"
+            await asyncio.sleep(0.1)
+
+    @asynccontextmanager
+    async def asking(self, clients: int):
+        """Clients that ask one after another for as long as the block lasts; all that they have asked is answered."""
+        self.clients, stop = clients, asyncio.Event()
+
+        async def ask() -> None:
+            while not stop.is_set():
+                assert await answered(self.engines) == ANSWER
+
+        tasks = [asyncio.create_task(ask()) for _ in range(clients)]
+        yield
+        stop.set()
+        await asyncio.gather(*tasks)
+        self.clients = 0
+
+
+async def answered(engines: Engines) -> int:
+    params = SamplingParams(max_new_tokens=ANSWER, min_new_tokens=ANSWER)
+    return len([token async for _, token in engines.tokens([([60, 61], params)])])
+
+
+@pytest.mark.slow
+def test_replicas_come_and_go_with_the_load(service, model_folder, tmp_path, table):
+    handle = ray_serve.run(app.engines("scaled", str(model_folder), SCALING), name="scaling", route_prefix=None)
+
+    async def main() -> list[dict[str, float]]:
+        watched = Watched(Engines(handle, SCALING))
+        watching = asyncio.create_task(watched.watch())
+        async with watched.asking(1):
+            await watched.until(1)
+        async with watched.asking(MANY):
+            await watched.until(2)
+        async with watched.asking(1):
+            await watched.until(1)
+        await watched.until(0)
+        assert await answered(watched.engines) == ANSWER, "a request for none wakes one"
+        await watched.until(1)
+        watching.cancel()
+        return watched.rows
+
+    rows = asyncio.run(main())
+    ray_serve.delete("scaling")
+    (tmp_path / "replicas.json").write_text(json.dumps(rows))
+    table("replicas over time", shown(rows))
+    seen = [row["replicas"] for row in rows]
+    steps = [count for number, count in enumerate(seen) if not number or seen[number - 1] != count]
+    assert steps[steps.index(1) :] == [1, 2, 1, 0, 1]
+
+
+def shown(rows: list[dict[str, float]]) -> list[str]:
+    def plot(name: str, lines: int) -> list[str]:
+        return [
+            f"{name}, at most {max(row[name] for row in rows):g}",
+            *braille([row[name] for row in rows], 60, lines),
+        ]
+
+    changes = [after for before, after in pairwise(rows) if before["replicas"] != after["replicas"]]
+    times = ", ".join(f"{row['replicas']} from {row['seconds']:.0f} s" for row in changes)
+    return [*plot("clients", 2), *plot("queued_tokens", 3), *plot("replicas", 3), times]
