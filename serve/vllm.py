@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
@@ -22,8 +23,10 @@ import httpx
 from llm.engine import FinishReason, Token
 from llm.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from serve.backend import Load, ModelInfo, Overloaded, Request, Unavailable, check_prompt
+from serve.options import VLLM, Options
+from serve.queues import alarm, all_of
 
-EXECUTABLE = "HEADWATER_VLLM"  # the environment variable that names vLLM's command, where it is not on the PATH
+NAME = "model"  # the child's name for what it serves
 LOOK_EVERY_S = 1.0
 MISSED = 5  # looks in a row without an answer, after which the server is taken for dead
 CONNECT_S = 10.0
@@ -84,7 +87,7 @@ class Vllm:
 
     async def failed(self) -> None:
         """Returns when the server is taken for dead."""
-        await self._watcher
+        await asyncio.wait([self._watcher])
 
     def check(self, requests: Sequence[Request]) -> None:
         """ValueError, Overloaded, Unavailable. What a grammar is worth the server says when it is asked."""
@@ -113,7 +116,7 @@ class Vllm:
         self.check(requests)
         queue: asyncio.Queue[tuple[int, Token] | Exception] = asyncio.Queue()
         tasks = [asyncio.create_task(self._ask(index, one, queue)) for index, one in enumerate(requests)]
-        alarm = alarm_of(queue, deadline_s)
+        ending = alarm(queue, deadline_s)
         unfinished = len(requests)
         try:
             while unfinished:
@@ -121,8 +124,8 @@ class Vllm:
                 unfinished -= sum(token.finish_reason is not None for _, token in batch)
                 yield batch
         finally:
-            if alarm:
-                alarm.cancel()
+            if ending:
+                ending.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -306,39 +309,45 @@ def _likeliest(logprobs: dict[str, float], number: int) -> list[tuple[int, float
 # The server as a child
 
 
-def command(folder: Path, name: str, port: int, *, slots: int, gpus: float = 1, dtype: str | None = None) -> list[str]:
+def command(folder: Path, port: int, options: Options) -> list[str]:
     """The words that start `vllm serve` for a model folder, for this machine alone.
 
     Log-probabilities are to be the model's own, as our engine's are, and nothing is to be taken from the folder's
-    generation_config.json that a request doesn't say. ValueError for a dtype that vLLM doesn't compute in.
+    generation_config.json that a request doesn't say.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(
-            f"dtype must be float32 or bfloat16 with vLLM, got {dtype}: give it a quantized model instead"
-        )
     return [
-        os.environ.get(EXECUTABLE, "vllm"), "serve", str(folder),
-        "--served-model-name", name,
+        os.environ.get(VLLM, "vllm"), "serve", str(folder),
+        "--served-model-name", NAME,
         "--host", "127.0.0.1",
         "--port", str(port),
-        "--max-num-seqs", str(slots),
-        "--tensor-parallel-size", str(max(1, int(gpus))),
-        "--dtype", dtype or "auto",
+        "--max-num-seqs", str(options.slots),
+        "--tensor-parallel-size", str(max(1, int(options.gpus))),
+        "--dtype", options.dtype or "auto",
         "--max-logprobs", str(MAX_TOP_LOGPROBS),
         "--logprobs-mode", "raw_logprobs",
         "--generation-config", "vllm",
     ]  # fmt: skip
 
 
-def started(folder: Path, name: str, port: int, *, slots: int, gpus: float = 1, dtype: str | None = None) -> Vllm:
-    """Start `vllm serve` as a child that ends with this process, and speak to it. Call it in a running event loop."""
+def started(folder: Path, options: Options) -> Vllm:
+    """Start `vllm serve` as a child that ends with this process, and speak to it. Call it in a running event loop.
+
+    Its command is `vllm` on the PATH, or what the environment variable HEADWATER_VLLM names: in a virtual environment
+    of its own, or in the image's.
+    """
     from llm.vocabulary import load_tokenizer
 
-    words = command(folder, name, port, slots=slots, gpus=gpus, dtype=dtype)
-    process = subprocess.Popen(words, preexec_fn=_end_with_parent)
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    known = {"vocab_size": vocab_size, "end_ids": end_ids(folder, load_tokenizer(folder)), "slots": slots}
-    return Vllm(f"http://127.0.0.1:{port}", name, process=process, **known)
+    port = _free_port()
+    process = subprocess.Popen(command(folder, port, options), preexec_fn=_end_with_parent)
+    return Vllm(
+        f"http://127.0.0.1:{port}",
+        NAME,
+        vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"],
+        end_ids=end_ids(folder, load_tokenizer(folder)),
+        slots=options.slots,
+        max_requests=options.max_requests,
+        process=process,
+    )
 
 
 def end_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
@@ -350,6 +359,12 @@ def end_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
     ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get(END_OF_TURN)}
     ids.update(listed if isinstance(listed, list) else [listed])
     return frozenset(ids - {None})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,23 @@ REQUESTS, EARLY, AT_ONCE = 24_000, 6_000, 16
 VANISHING, WAVE = 1_000, 50
 NAME = "tiny"
 KNOWN = {"model": NAME, "prompt": "The cat sat", "max_tokens": 8, "temperature": 0, "stream": True}
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "nobody", "knew", "where", "that", "dog", "had", "left", "dinner")
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "nobody",
+    "knew",
+    "where",
+    "that",
+    "dog",
+    "had",
+    "left",
+    "dinner",
+)
 
 
 class Service(NamedTuple):

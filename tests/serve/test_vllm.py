@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import httpx
 import pytest
 import uvicorn
 from fastapi.responses import JSONResponse
@@ -19,9 +20,11 @@ from llm.grammar import Grammar
 from llm.sampling import SamplingParams
 from serve import vllm
 from serve.backend import DeadlineExceeded, Overloaded, Request, Unavailable
+from serve.options import VLLM, Options
 from serve.replica import Replica
 from serve.vllm import Vllm
 from tests.models import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.serve.conftest import ROOT, free_port, wait_until_ready
 from tests.serve.vllm_protocol import Server, until
 
 PROMPTS = [[60, 61, 62], [90, 91], [70] * 30]
@@ -212,15 +215,55 @@ def test_a_child_that_ends_while_it_loads_is_told():
 
 
 def test_the_words_that_start_it(tmp_path, monkeypatch):
-    monkeypatch.setenv(vllm.EXECUTABLE, "/opt/vllm/bin/vllm")
-    words = vllm.command(tmp_path, "m", 8001, slots=64, gpus=4, dtype="bfloat16")
+    monkeypatch.setenv(VLLM, "/opt/vllm/bin/vllm")
+    words = vllm.command(tmp_path, 8001, Options(engine="vllm", slots=64, gpus=4, dtype="bfloat16"))
     assert words[:3] == ["/opt/vllm/bin/vllm", "serve", str(tmp_path)]
     flags = dict(zip(words[3::2], words[4::2], strict=True))
     assert flags["--tensor-parallel-size"] == "4"
     assert flags["--max-num-seqs"] == "64"
     assert flags["--host"] == "127.0.0.1"
-    with pytest.raises(ValueError, match="float32 or bfloat16"):
-        vllm.command(tmp_path, "m", 8001, slots=64, dtype="int8")
+    with pytest.raises(ValueError, match="int8"):
+        Options(engine="vllm", dtype="int8")
+
+
+@pytest.fixture
+def as_vllm(tmp_path, monkeypatch) -> None:
+    """A command `vllm` that serves by the same protocol."""
+    script = tmp_path / "vllm"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.serve.vllm_protocol "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv(VLLM, str(script))
+
+
+@pytest.mark.slow
+def test_a_server_started_as_a_child_answers_and_ends_with_its_adapter(model_folder, as_vllm):
+    async def main() -> None:
+        adapter = vllm.started(model_folder, Options(engine="vllm", slots=4))
+        await adapter.describe()
+        (found,) = await answers(adapter, [(PROMPTS[0], GREEDY)])
+        assert [token.id for token in found] == new_engine().generate([PROMPTS[0]], GREEDY)[0].ids
+        await adapter.close()
+        assert adapter.process.poll() is not None
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_one_setting_has_vllm_generate_behind_the_same_api(ray_cluster, model_folder, as_vllm):
+    from serve import app
+
+    options = Options(engine="vllm", slots=4)
+    address = app.start({"tiny": model_folder}, port=free_port(), options=options)
+    try:
+        wait_until_ready(address.removesuffix("/v1"))
+        asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
+        said = httpx.post(f"{address}/completions", json=asked).json()
+        assert said["choices"][0]["text"] == new_engine().generate([PROMPTS[0]], GREEDY)[0].text
+        refused = httpx.post(f"{address}/embeddings", json={"model": "tiny", "input": "x"})
+        assert refused.status_code == 400
+    finally:
+        app.stop()
 
 
 def test_the_ids_that_end_an_answer_are_the_engines(tmp_path):

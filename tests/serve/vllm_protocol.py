@@ -6,8 +6,10 @@ refused, where vLLM would pass over them: a misspelt one is to be seen. As vLLM 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -177,7 +179,33 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
+def main(words: list[str]) -> None:
+    """`vllm serve FOLDER` with the flags that ours is started with."""
+    import uvicorn
+
+    from llm.loading import load
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("verb", choices=["serve"])
+    parser.add_argument("folder")
+    for flag in ("--served-model-name", "--host", "--dtype", "--logprobs-mode", "--generation-config"):
+        parser.add_argument(flag, required=True)
+    for flag in ("--port", "--max-num-seqs", "--tensor-parallel-size", "--max-logprobs"):
+        parser.add_argument(flag, type=int, required=True)
+    given = parser.parse_args(words)
+
+    def app() -> FastAPI:  # made by the server, in its event loop
+        replica = Replica(lambda: load(given.folder, slots=given.max_num_seqs))
+        return Server(replica, given.served_model_name).app()
+
+    uvicorn.run(app, factory=True, host=given.host, port=given.port, log_level="warning")
+
+
 async def until(condition) -> None:
     """Wait for as long as it takes, within the test's own limit."""
     while not condition():
         await asyncio.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
