@@ -256,8 +256,9 @@ def body(name: str, prompt_ids: list[int], params: SamplingParams, end_ids: Coll
 
 def structure(kind: str, text: str) -> dict[str, Any]:
     """A grammar as vLLM's `structured_outputs`."""
-    forms: dict[str, dict[str, Any]] = {"json_schema": {"json": text}, "regex": {"regex": text}}
-    return {**forms, "json_object": {"json_object": True}}[kind]
+    if kind == "json_object":
+        return {"json_object": True}
+    return {{"json_schema": "json", "regex": "regex", "lark": "grammar"}[kind]: text}
 
 
 def read(name: str, event: dict[str, Any], top: int) -> Iterator[Token]:
@@ -312,8 +313,8 @@ def _likeliest(logprobs: dict[str, float], number: int) -> list[tuple[int, float
 def command(folder: Path, port: int, options: Options) -> list[str]:
     """The words that start `vllm serve` for a model folder, for this machine alone.
 
-    Log-probabilities are to be the model's own, as our engine's are, and nothing is to be taken from the folder's
-    generation_config.json that a request doesn't say.
+    Log-probabilities are to be the model's own, as our engine's are; nothing is to be taken from the folder's
+    generation_config.json that a request doesn't say; grammars are read by the library that ours are read by.
     """
     return [
         os.environ.get(VLLM, "vllm"), "serve", str(folder),
@@ -326,6 +327,7 @@ def command(folder: Path, port: int, options: Options) -> list[str]:
         "--max-logprobs", str(MAX_TOP_LOGPROBS),
         "--logprobs-mode", "raw_logprobs",
         "--generation-config", "vllm",
+        "--structured-outputs-config.backend", "guidance",
     ]  # fmt: skip
 
 

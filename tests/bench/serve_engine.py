@@ -163,7 +163,7 @@ def through_engine(engine: Engine, requests: Sequence[Request]) -> Turn:
     """Each request is added when it comes; nothing of an earlier turn's prompts is known any more."""
     answers: list[list[int]] = [[] for _ in requests]
     coming = deque(enumerate(requests))
-    cool(engine)
+    engine.drop_prefixes()
     begun = time.perf_counter()
     while coming or engine.has_work:
         while coming and coming[0][1].at <= time.perf_counter() - begun:
@@ -175,12 +175,6 @@ def through_engine(engine: Engine, requests: Sequence[Request]) -> Turn:
         for token in engine.step():
             answers[int(token.request_id)].append(token.id)
     return Turn(time.perf_counter() - begun, {"answers": answers})
-
-
-def cool(engine: Engine) -> None:
-    """Make it forget the prompts that it has read."""
-    if hasattr(engine, "drop_prefixes"):
-        engine.drop_prefixes()
 
 
 def in_batches(model: PreTrainedModel, requests: Sequence[Request], size: int) -> Turn:
@@ -201,7 +195,7 @@ def greedy(new_tokens: int) -> SamplingParams:
 
 def decoding(engine: Engine, request: Request) -> Turn:
     """Seconds from the first token to the last."""
-    cool(engine)
+    engine.drop_prefixes()
     ids, times = [], []
     for token in engine.stream(request.prompt, greedy(request.new_tokens)):
         ids.append(token.id)

@@ -23,7 +23,7 @@ from tests.bench.agreement import same_answers
 from tests.bench.clients import Answer, whole
 from tests.bench.command import CPUS, Scale
 from tests.bench.measure import Figure, Invalid, Turn, compare
-from tests.bench.serve_engine import Request, cool, engine_of, greedy
+from tests.bench.serve_engine import Request, engine_of, greedy
 from tests.bench.served import L4_256, SMOLLM2, WORK, Model, loaded, prompts, text_of
 from tests.commands import environment
 from tests.serve.conftest import free_port
@@ -212,7 +212,7 @@ def alone(engine: Engine, load: Load) -> Turn:
             number, request = left[client].pop(0)
             engine.add(request.prompt, greedy(request.new_tokens), f"{client} {number}")
 
-    cool(engine)
+    engine.drop_prefixes()
     begun = time.perf_counter()
     for client in range(len(left)):
         next_of(client)

@@ -188,7 +188,8 @@ def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("verb", choices=["serve"])
     parser.add_argument("folder")
-    for flag in ("--served-model-name", "--host", "--dtype", "--logprobs-mode", "--generation-config"):
+    backend = "--structured-outputs-config.backend"
+    for flag in ("--served-model-name", "--host", "--dtype", "--logprobs-mode", "--generation-config", backend):
         parser.add_argument(flag, required=True)
     for flag in ("--port", "--max-num-seqs", "--tensor-parallel-size", "--max-logprobs"):
         parser.add_argument(flag, type=int, required=True)
