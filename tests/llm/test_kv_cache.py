@@ -157,9 +157,7 @@ class TestPrefixes:
         prefixes = Prefixes(cache, 10)
         for _ in range(200):
             row = rng.randrange(4)
-            text = [rng.randrange(2)] * BLOCK * rng.randint(0, 4) + [
-                rng.randrange(3) for _ in range(rng.randint(1, 30))
-            ]
+            text = [rng.randrange(2)] * BLOCK * rng.randint(0, 4) + [rng.randrange(3) for _ in range(rng.randint(1, 30))]
             chain = prefixes.chain(text)
             held = prefixes.held(chain)
             prefixes.restore([(row, chain[:held])] if held else [])
