@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import mirror
+from cluster import forks, mirror
 from cluster.errors import PreflightRefused, Problem
 from cluster.progress import console
 
@@ -73,10 +73,11 @@ def ray_session(address: str | None, object_store_mb: int) -> Iterator[bool]:
             Problem(f"no Ray cluster at {address}: {error}", "start it, or unset cluster.address and RAY_ADDRESS")
         ) from None
     _quieten_data()
-    try:
-        yield not address
-    finally:
-        ray.shutdown()
+    with _forking(local=not address):
+        try:
+            yield not address
+        finally:
+            ray.shutdown()
 
 
 def _connect(address: str | None, object_store_mb: int) -> None:
@@ -94,6 +95,37 @@ def _connect(address: str | None, object_store_mb: int) -> None:
         _end_log_monitor()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)  # Ray puts in its own, which exits with 15
+
+
+_servers: dict[tuple[str, ...], forks.ForkServer] | None = (
+    None  # by what they have imported; None: workers aren't forked
+)
+
+
+@contextmanager
+def _forking(*, local: bool) -> Iterator[None]:
+    """On a Ray of this process's own, workers may be forked for as long as the block lasts."""
+    global _servers
+    _servers = {} if local and sys.platform == "linux" else None
+    try:
+        yield
+    finally:
+        running, _servers = _servers, None
+        for server in (running or {}).values():
+            server.stop()
+
+
+def forked_workers(modules: tuple[str, ...]) -> dict[str, str]:
+    """What a worker's runtime environment says so that it starts with `modules` imported: nothing on a cluster, whose
+    workers are started by Ray on machines of their own.
+    """
+    if _servers is None:
+        return {}
+    if modules not in _servers:
+        # One thread: a pool that a library starts when it is imported would not be there in the forked process.
+        single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        _servers[modules] = forks.start(modules, {**QUIET, **single, "PYTHONPATH": _python_path()})
+    return {"py_executable": _servers[modules].py_executable}
 
 
 def _end_log_monitor() -> None:
