@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak check lint format bench-data bench-pretrain bench-learn
+.PHONY: demo test soak check lint format bench-data bench-pretrain bench-learn bench-serve
 
 demo: $(STAMP)  ## raw text to a served base model, on this machine
 	$(BIN)/headwater run tiny
@@ -13,7 +13,7 @@ demo: $(STAMP)  ## raw text to a served base model, on this machine
 test: $(STAMP)  ## every test, the slow ones included
 	$(BIN)/python -m pytest
 
-soak: $(STAMP)  ## every stage with every fault, pretraining with many of them and for 10,000 steps; two hours or so, not timed whole
+soak: $(STAMP)  ## every stage with every fault, pretraining with many of them and for 10,000 steps, the service for 24,000 requests; two hours or so, not timed whole
 	$(BIN)/python -m pytest -m soak
 
 check: lint  ## format, lint, types, fast tests
@@ -36,6 +36,9 @@ bench-pretrain: $(STAMP)  ## pretraining against its peers, about three hours; r
 
 bench-learn: $(STAMP)  ## what pretraining learns, against a plain loop, seven trainings; runs/bench/learn.json
 	$(BIN)/python -m tests.bench.learn
+
+bench-serve: $(STAMP)  ## generation against its peers, not timed whole; runs/bench/serve.json
+	$(BIN)/python -m tests.bench.serve
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

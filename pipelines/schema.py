@@ -632,6 +632,10 @@ class ServeSettings(Settings):
     ingresses: int = placement(1, "processes that answer HTTP and pass the work on to the replicas", ge=1)
     cpus_per_replica: float = placement(0.5, "CPUs that a replica claims", gt=0)
     gpus_per_replica: float = placement(0, "GPUs that a replica claims", ge=0)
+    engine: Literal["headwater", "vllm"] = placement(
+        "headwater",
+        "what generates: our engine, or a vLLM server beside each replica (HEADWATER_VLLM names its command)",
+    )
     slots: int = placement(8, "requests that one replica generates for at once", ge=1)
     max_requests: int = placement(
         512, "requests that may run and wait in one replica; others are told to return", ge=1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from cluster.errors import BadInput, Problem
 from cluster.runs import folder_at
 from serve.engines import EngineReplica, Engines
 from serve.guards import LOOPBACK_HOSTS, Guard, Guards
-from serve.options import ApplicationArgs, Options
+from serve.options import VLLM, ApplicationArgs, Options
 from serve.routing import PrefixRouter
 from serve.scaling import Policy
 
@@ -138,7 +139,8 @@ def _lifetime(options: Options) -> dict[str, Any]:
 def _variables() -> dict[str, str]:
     # By default OpenMP's threads spin while they wait for work; with as many of them as cores, Ray's own processes got
     # no core to pass the tokens on with: 32 streams on two cores gave 180 tokens/s, and 900 with threads that sleep.
-    return {"OMP_WAIT_POLICY": "PASSIVE", **mirror.same_everywhere()}
+    vllm = {name: os.environ[name] for name in (VLLM,) if name in os.environ}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **vllm, **mirror.same_everywhere()}
 
 
 def _tame(name: str) -> str:

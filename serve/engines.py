@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from llm.engine import Engine, Token
+    from serve.replica import Replica
+    from serve.vllm import Vllm
 
 ATTEMPTS = 4  # of a request that has got nothing yet
 ATTEMPT_AFTER_S = 0.2
@@ -44,9 +46,7 @@ class EngineReplica:
     """One replica: an engine, loaded before Ray Serve sends requests. Its process ends when the engine fails."""
 
     async def __init__(self, model_folder: str, options: Options):  # type: ignore[misc]
-        from serve.replica import Replica
-
-        self.replica = Replica(lambda: load_engine(model_folder, options), max_requests=options.max_requests)
+        self.replica = _generating(model_folder, options)
         self._streams = 0
         await self.replica.describe()
         self._end = asyncio.create_task(self._end_with_engine())
@@ -89,6 +89,17 @@ class EngineReplica:
         logger.error("the engine failed, so its process ends: %s", self.replica.failure)
         await asyncio.sleep(LAST_WORDS_S)
         os._exit(1)
+
+
+def _generating(model_folder: str, options: Options) -> Replica | Vllm:
+    """What generates in this process, or a vLLM server beside it."""
+    if options.engine == "vllm":
+        from serve import vllm
+
+        return vllm.started(mirror.here(Path(model_folder)), options)
+    from serve.replica import Replica
+
+    return Replica(lambda: load_engine(model_folder, options), max_requests=options.max_requests)
 
 
 def load_engine(model_folder: str, options: Options) -> Engine:

@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+VLLM = "HEADWATER_VLLM"  # the environment variable that names vLLM's command, where it isn't on the PATH
+
 
 class Options(BaseModel):
     """How a service is deployed, whatever models it has."""
@@ -23,6 +25,9 @@ class Options(BaseModel):
     )
     cpus: float = Field(default=1, gt=0, description="CPUs that a replica claims")
     gpus: float = Field(default=0, ge=0, description="GPUs that a replica claims")
+    engine: Literal["headwater", "vllm"] = Field(
+        default="headwater", description="what generates: our engine, or a vLLM server beside each replica"
+    )
     slots: int = Field(default=32, ge=1, description="requests that one replica generates for at once")
     max_requests: int = Field(default=512, ge=1, description="requests that may run and wait in one replica")
     dtype: Literal["float32", "bfloat16", "int8"] | None = Field(
@@ -53,9 +58,11 @@ class Options(BaseModel):
         return self.replicas < self.most
 
     @model_validator(mode="after")
-    def _check_replicas(self) -> Self:
+    def _check(self) -> Self:
         if self.most < self.replicas:
             raise ValueError(f"max_replicas ({self.most}) is below replicas ({self.replicas})")
+        if self.engine == "vllm" and self.dtype == "int8":
+            raise ValueError("vllm doesn't compute in int8: leave dtype out, and give it a quantized model")
         return self
 
 

@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from llm.engine import Engine, Token
 from llm.sampling import SamplingParams
-from serve.backend import DeadlineExceeded, Load, ModelInfo, Overloaded, Request, Unavailable
+from serve.backend import Load, ModelInfo, Overloaded, Request, Unavailable
+from serve.queues import alarm, all_of
 
 MAX_REQUESTS = 512  # running and waiting; beyond it a client is told to come back
 LOOK_BACK_S = 10.0  # for how long a wait for a first token counts as one of late
@@ -128,19 +128,19 @@ class Replica:
         queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         index_of = {uuid.uuid4().hex: index for index in range(len(requests))}
         self._pending |= {key: _pending(queue, requests[index]) for key, index in index_of.items()}
-        alarm = _alarm(queue, deadline_s)
+        ending = alarm(queue, deadline_s)
         unfinished = set(index_of)
         try:
             for request_id, index in index_of.items():
                 await self._in_thread(engine.add, *requests[index], request_id)
                 self._work.set()
             while unfinished:
-                batch = await _all_of(queue)
+                batch = await all_of(queue)
                 unfinished -= {token.request_id for token in batch if token.finish_reason}
                 yield [(index_of[token.request_id], token) for token in batch]
         finally:
-            if alarm:
-                alarm.cancel()
+            if ending:
+                ending.cancel()
             for request_id in index_of:
                 del self._pending[request_id]
             for request_id in unfinished:
@@ -229,29 +229,6 @@ class Replica:
 def _pending(queue: asyncio.Queue[Token | Exception], request: Request) -> _Pending:
     prompt_ids, params = request
     return _Pending(queue, len(prompt_ids), params.max_new_tokens)
-
-
-def _alarm(queue: asyncio.Queue[Token | Exception], deadline_s: float | None) -> asyncio.TimerHandle | None:
-    """Puts an end to what is read from `queue` when the deadline is over."""
-    if deadline_s is None:
-        return None
-    error = DeadlineExceeded(f"the answer took longer than the {deadline_s:g} s that it may")
-    return asyncio.get_running_loop().call_later(deadline_s, partial(queue.put_nowait, error))
-
-
-async def _all_of(queue: asyncio.Queue[Token | Exception]) -> list[Token]:
-    """What is in the queue, at least one; an exception in it is raised once what came before it has been taken."""
-    tokens: list[Token] = []
-    while not tokens or not queue.empty():
-        one = queue.get_nowait() if tokens else await queue.get()
-        if not isinstance(one, Exception):
-            tokens.append(one)
-        elif not tokens:
-            raise one
-        else:
-            queue.put_nowait(one)
-            break
-    return tokens
 
 
 def _embed(model: Any, prompt: list[int]) -> list[float]:

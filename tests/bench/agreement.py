@@ -75,3 +75,22 @@ def same_losses(mine: dict[str, Any], other: dict[str, Any], dtype: str) -> dict
     if not apart or not all(one <= LOSSES_WITHIN[dtype] for one in apart):  # of NaN neither is true
         raise Invalid(f"losses of the first steps in {dtype} are not the same: {pairs}")
     return {"largest_loss_difference": max(apart)}
+
+
+def same_answers(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How many answers and tokens there are, or Invalid, naming the first difference, if an answer isn't the same.
+
+    Of either side `answers`: a list of ids, or a text, for each request.
+    """
+    if len(mine["answers"]) != len(other["answers"]):
+        raise Invalid(f"ours has {len(mine['answers'])} answers, theirs {len(other['answers'])}")
+    for number, (one, two) in enumerate(zip(mine["answers"], other["answers"], strict=True)):
+        if one != two:
+            at = next(
+                (at for at, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]),
+                min(len(one), len(two)),
+            )
+            raise Invalid(
+                f"answer {number} differs from place {at} on: ours {one[at:][:8]!r}, theirs {two[at:][:8]!r}"
+            )
+    return {"answers": len(mine["answers"]), "length": sum(map(len, mine["answers"]))}

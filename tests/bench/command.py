@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Scale(NamedTuple):
         return max(1, round(whole * self.size))
 
 
-Measure = Callable[[Scale], list[Figure]]
+Measure = Callable[[Scale], Iterable[Figure]]
 
 
 def run(prog: str, figures: Mapping[str, Measure], arguments: list[str], path: Path) -> int:
@@ -33,10 +33,13 @@ def run(prog: str, figures: Mapping[str, Measure], arguments: list[str], path: P
     chosen = _parsed(prog, figures, arguments)
     scale = Scale(chosen.scale, chosen.pairs)
     print(f"text: {texts.described()}; scale {scale.size:g}, {scale.pairs} pairs", flush=True)
-    measured, invalid = [], []
+    measured: list[Figure] = []
+    invalid = []
     for name in chosen.figures or figures:
         try:
-            measured += _told(figures[name](scale))
+            for figure in figures[name](scale):
+                print(figure.line(), flush=True)
+                measured.append(figure)
         except (Invalid, memory.Failed) as error:
             invalid.append(name)
             print(f"BENCH {name} invalid: {error}", flush=True)
@@ -50,12 +53,6 @@ def on_few_cpus() -> None:
     """Keep this process, and all that it will start, to two CPUs, where the system can do that."""
     if sys.platform == "linux":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CPUS])
-
-
-def _told(figures: list[Figure]) -> list[Figure]:
-    for figure in figures:
-        print(figure.line(), flush=True)
-    return figures
 
 
 def _parsed(prog: str, figures: Mapping[str, Measure], arguments: list[str]) -> argparse.Namespace:

@@ -1,8 +1,7 @@
-"""Peers that have a virtual environment of their own: datatrove, and transformers.Trainer (`hf_trainer`).
+"""Peers that have a virtual environment of their own: datatrove, transformers' Trainer and service, llama.cpp.
 
 reads   tests/bench/PEER.txt     its requirements
-writes  runs/bench/peer-PEER     the environment, unless HEADWATER_PEER_PYTHON names the Python of datatrove's,
-                                 HEADWATER_TRAINER_PYTHON that of hf_trainer's
+writes  runs/bench/peer-PEER     the environment, unless a variable of PYTHONS names the Python of one
 """
 
 from __future__ import annotations
@@ -17,7 +16,12 @@ from typing import Any
 
 from tests.bench.measure import FOLDER, Invalid
 
-PYTHONS = {"datatrove": "HEADWATER_PEER_PYTHON", "hf_trainer": "HEADWATER_TRAINER_PYTHON"}
+PYTHONS = {
+    "datatrove": "HEADWATER_PEER_PYTHON",
+    "hf_trainer": "HEADWATER_TRAINER_PYTHON",
+    "transformers_serve": "HEADWATER_TRANSFORMERS_SERVE_PYTHON",
+    "llama_cpp": "HEADWATER_LLAMA_CPP_PYTHON",
+}
 JOBS = Path(__file__).with_name("datatrove_jobs.py")
 # One thread in each of its two worker processes; nothing may be fetched.
 ENVIRONMENT = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -46,7 +50,8 @@ def python(peer: str) -> Path:
         print(f"making {folder}, once", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         install = ["-m", "pip", "install", "-q", "-r", str(requirements(peer))]
-        subprocess.run([str(folder / "bin/python"), *install], check=True)
+        if subprocess.run([str(folder / "bin/python"), *install]).returncode:
+            raise Invalid(f"what {requirements(peer).name} asks for could not be installed into {folder}")
         stamp.touch()
     return folder / "bin/python"
 

@@ -1,4 +1,4 @@
-"""Both arms of a training benchmark are processes of their own: run to their end, followed, killed."""
+"""What a benchmark compares are often processes of their own: run to their end, followed, stopped, killed."""
 
 from __future__ import annotations
 
@@ -48,6 +48,15 @@ def running(words: list[str], log: Path, variables: dict[str, str] | None = None
         yield process
     finally:
         kill_all([*_descendants(process), process])
+
+
+def stop(process: psutil.Popen, within_s: float = 60.0) -> None:
+    """Ask a process to end. What still lives of it and of all that it has started is killed, by process id."""
+    family = [*_descendants(process), process]
+    process.terminate()
+    with suppress(psutil.TimeoutExpired):
+        process.wait(within_s)
+    kill_all(family)
 
 
 def followed(

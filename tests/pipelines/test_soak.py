@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import time
-from contextlib import suppress
 from pathlib import Path
 from random import Random
-from statistics import median
-from typing import NamedTuple
 
-import psutil
 import pytest
 
 from tests import faults
@@ -19,6 +13,7 @@ from tests.bench.processes import running
 from tests.commands import command, headwater, losses, wait_until
 from tests.faults import Fault, before_the_stage, drive, fingerprints, past, same_ledger
 from tests.nodes import cluster
+from tests.usage import assert_no_more, compared, usage
 
 pytestmark = pytest.mark.soak
 
@@ -117,40 +112,6 @@ LONG = (
     f"pretrain.steps={STEPS}", "pretrain.global_batch=2", "pretrain.micro_batch=1", "pretrain.save_every=250",
     "pretrain.evaluate_every=1000", "pretrain.held_out_rows=8", "pretrain.zero_stage=1",
 )  # fmt: skip
-LOOKS, LOOK_S = 5, 1.0
-GROWTH = 0.03  # of memory, between the early and the late looks
-HANDLES = 8  # which come and go with requests
-
-
-class Usage(NamedTuple):
-    """What all processes of a command hold: proportional set size, shared memory's among it, and open file handles;
-    and entries in /dev/shm."""
-
-    pss_mb: float
-    shared_mb: float
-    handles: float
-    shm_entries: float
-
-
-def usage(process: psutil.Popen) -> Usage:
-    """The median of some looks."""
-    looks = []
-    for _ in range(LOOKS):
-        time.sleep(LOOK_S)
-        everyone = [process, *process.children(recursive=True)]
-        held = [found for one in everyone if (found := _held(one.pid))]
-        sums = [sum(column) for column in zip(*held, strict=True)]
-        looks.append(Usage(*sums, len(os.listdir("/dev/shm"))))
-    return Usage(*(median(column) for column in zip(*looks, strict=True)))
-
-
-def _held(pid: int) -> tuple[float, float, int] | None:
-    """None of a process that has just ended."""
-    with suppress(OSError):
-        rows = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-        kilobytes = {row[0]: int(row[1]) for row in rows}
-        return kilobytes["Pss:"] / 1024, kilobytes["Pss_Shmem:"] / 1024, len(os.listdir(f"/proc/{pid}/fd"))
-    return None
 
 
 @pytest.mark.timeout(3600)
@@ -167,13 +128,6 @@ def test_ten_thousand_steps_take_no_more_memory_handles_or_shared_memory_than_tw
             wait_until(lambda step=step: taken() >= step, f"{step} steps", timeout=1500)
             found[step] = usage(process)
         assert process.wait(600) == 0
-    rows = [
-        f"{name:12} {early:10,.0f} {late:10,.0f}"
-        for name, early, late in zip(Usage._fields, *found.values(), strict=True)
-    ]
-    table(f"{STEPS:,} steps: what is held after {EARLY:,}, and after {LATE:,}", rows)
     early, late = found.values()
-    assert late.pss_mb <= early.pss_mb * (1 + GROWTH), found
-    assert late.shared_mb <= early.shared_mb * (1 + GROWTH) + 1, found
-    assert late.handles <= early.handles + HANDLES, found
-    assert late.shm_entries <= early.shm_entries, found
+    table(f"{STEPS:,} steps: what is held after {EARLY:,}, and after {LATE:,}", compared(early, late))
+    assert_no_more(early, late)
