@@ -55,7 +55,7 @@ def _running(known: list[Attempt], label: str) -> Attempt | None:
 
 
 def _start(journey: Journey, jobs: Jobs, label: str, known: list[Attempt]) -> Attempt:
-    problems = resource_problems_of(journey.chosen(), journey.recipe, jobs.resources())
+    problems = resource_problems_of(journey.chosen(), journey.recipe, jobs.places())
     if problems:
         raise PreflightRefused(*problems)
     number = next_number(known, journey.run.jobs)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cluster.errors import BadInput, PreflightRefused
-from cluster.preflight import disk_problems, resource_problems, starving_problems
+from cluster.preflight import disk_problems, starving_problems
 from cluster.runs import Run, StageFolder, canonical_hash, find_run, hash_folder, read_json, runs_root
 
 
@@ -102,14 +102,6 @@ def test_the_root_is_the_flag_then_the_environment(monkeypatch, tmp_path):
 
 def test_no_file_reads_as_nothing(tmp_path):
     assert read_json(tmp_path / "none.json") is None
-
-
-def test_resources_that_are_missing_are_named_with_both_numbers():
-    (problem,) = resource_problems("pretrain", cpus=8, gpus=0, available={"CPU": 2.0})
-    assert "pretrain needs 8 CPUs" in str(problem)
-    assert "Ray has 2" in str(problem)
-    assert resource_problems("pretrain", cpus=2, gpus=0, available={"CPU": 2.0}) == []
-    assert "1 GPUs" in str(resource_problems("pretrain", cpus=0, gpus=1, available={"CPU": 2.0})[0])
 
 
 def test_nodes_that_would_leave_ray_data_nothing_are_named():

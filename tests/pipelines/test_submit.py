@@ -6,6 +6,7 @@ import pytest
 
 from cluster.errors import PreflightRefused
 from cluster.jobs import Attempt
+from cluster.preflight import Place
 from cluster.runs import Run
 from pipelines.recipe import load_recipe
 from pipelines.run import Journey
@@ -21,14 +22,14 @@ class FakeJobs:
 
     address = "http://head:8265"
 
-    def __init__(self, attempts=(), cpus: float = 2.0):
+    def __init__(self, attempts=(), cpus: tuple[float, ...] = (2.0,)):
         self.known, self.cpus, self.submitted = list(attempts), cpus, []
 
     def attempts(self, run):
         return self.known
 
-    def resources(self):
-        return {"CPU": self.cpus}
+    def places(self):
+        return [Place(f"10.0.0.{at}", {"CPU": cpus}) for at, cpus in enumerate(self.cpus)]
 
     def submit(self, attempt, words, folder):
         self.submitted.append((attempt.id, words, sorted(path.name for path in folder.iterdir())))
@@ -79,7 +80,15 @@ def test_a_run_that_another_attempt_works_on_is_refused(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_by_name_before_anything_is_sent(tmp_path):
-    jobs = FakeJobs(cpus=1.0)
+    jobs = FakeJobs(cpus=(1.0,))
     with pytest.raises(PreflightRefused, match=r"pretrain needs .* CPUs at once.* Ray has 1"):
+        submit(journey(tmp_path), jobs, wait=False)
+    assert not jobs.submitted
+
+
+def test_what_fits_in_sum_and_on_no_node_is_refused_before_anything_is_sent(tmp_path):
+    """Ray would wait for such a node without end."""
+    jobs = FakeJobs(cpus=(0.5,) * 8)
+    with pytest.raises(PreflightRefused, match=r"each worker of pretrain needs .* on one node, the largest node \(10"):
         submit(journey(tmp_path), jobs, wait=False)
     assert not jobs.submitted
