@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 
 from cluster.manifests import Need, Node, Order
 from pipelines.recipe import Recipe
+from pipelines.schema import ServeSettings
 from pipelines.stage import Stage, load_stages
 
 
@@ -31,3 +34,9 @@ def need(stage: Stage, recipe: Recipe) -> Need:
     pieces = getattr(settings, "workers", getattr(settings, "actors", 1))
     cpus = getattr(settings, "cpus_per_worker", getattr(settings, "cpus_per_actor", demand.cpus))
     return Need(stage.name, pieces, cpus, demand.gpus / pieces, demand.cpus - pieces * cpus)
+
+
+def service_args(serve: ServeSettings) -> dict[str, Any]:
+    """The settings as `args` of serve.app:application; the model, the address and `insecure` are not among them."""
+    named = serve.model_dump(mode="json", exclude={"host", "port", "cpus_per_replica", "gpus_per_replica"})
+    return {**named, "cpus": serve.cpus_per_replica, "gpus": serve.gpus_per_replica}

@@ -625,9 +625,35 @@ class ServeSettings(Settings):
 
     host: str = placement("127.0.0.1", "address to listen on")
     port: int = placement(8000, "TCP port", ge=1, le=65535)
-    replicas: int = placement(1, "generation replicas", ge=1)
+    replicas: int = placement(
+        1, "generation replicas, with max_replicas the fewest; 0 ends the last one when nobody asks", ge=0
+    )
+    max_replicas: int | None = placement(None, "replicas that load may call for; null keeps their number", ge=1)
+    ingresses: int = placement(1, "processes that answer HTTP and pass the work on to the replicas", ge=1)
     cpus_per_replica: float = placement(0.5, "CPUs that a replica claims", gt=0)
+    gpus_per_replica: float = placement(0, "GPUs that a replica claims", ge=0)
     slots: int = placement(8, "requests that one replica generates for at once", ge=1)
+    max_requests: int = placement(
+        512, "requests that may run and wait in one replica; others are told to return", ge=1
+    )
+    dtype: Literal["float32", "bfloat16", "int8"] | None = placement(
+        None, "what the weights are computed in; null takes float32 on a CPU, on a GPU what they were saved in"
+    )
+    deadline_s: float = placement(600, "seconds that a request may take, waiting included", gt=0)
+    target_wait_s: float = placement(2, "seconds until a first token, beyond which a replica is added", gt=0)
+    target_tokens: int = placement(
+        4096, "tokens to read and write that one replica is thought to have enough with", ge=1
+    )
+    upscale_delay_s: float = placement(5, "seconds that the load must call for more replicas", ge=0)
+    downscale_delay_s: float = placement(60, "seconds that the load must call for fewer replicas", ge=0)
+    keys: str | None = placement(None, "file of the API's keys, which `headwater keys` writes; null asks for none")
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> ServeSettings:
+        most = 1 if self.max_replicas is None and not self.replicas else self.max_replicas
+        if most is not None and most < self.replicas:
+            raise ValueError(f"max_replicas ({most}) is below replicas ({self.replicas})")
+        return self
 
 
 class ClusterSettings(Settings):

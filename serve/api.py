@@ -22,7 +22,7 @@ from llm.chat import DROPPED_TURNS, fit_window, render_turns
 from llm.engine import Token
 from llm.pieces import Pieces
 from llm.vocabulary import encode_text
-from serve import replica
+from serve import backend, replica
 from serve.chat import ChatRequest, ChatWriter
 from serve.completions import CompletionRequest, CompletionWriter
 from serve.protocol import GenerationRequest, Model, ModelList, RequestError, Usage, Writer, refusal
@@ -127,7 +127,7 @@ class Api:
         except ValueError as error:
             raise RequestError(str(error), param="messages") from error
 
-    async def _respond(self, request: GenerationRequest, requests: list[replica.Request], writer: Writer) -> Response:
+    async def _respond(self, request: GenerationRequest, requests: list[backend.Request], writer: Writer) -> Response:
         """The answer to `request`, for which the engine is asked `requests`. RequestError if one could never run."""
         try:
             self.replica.check(requests)
@@ -142,7 +142,7 @@ class Api:
         return Response(body.model_dump_json(), media_type="application/json")
 
     async def _events(
-        self, request: GenerationRequest, requests: Sequence[replica.Request], writer: Writer
+        self, request: GenerationRequest, requests: Sequence[backend.Request], writer: Writer
     ) -> AsyncIterator[str]:
         """Server-sent events: the writer's, then the usage if it was asked for, and the end."""
         hidden = set() if request.streams_usage else {"usage"}
@@ -154,7 +154,7 @@ class Api:
                 count += 1
                 for event in writer.events(index, token):
                     yield _event(event, hidden)
-        except replica.Unavailable as error:
+        except backend.Unavailable as error:
             yield f"data: {json.dumps(RequestError(str(error), status=503, code='unavailable').body)}\n\n"
             return
         if request.streams_usage:
@@ -162,7 +162,7 @@ class Api:
         yield "data: [DONE]\n\n"
 
 
-def _usage(request: GenerationRequest, requests: Sequence[replica.Request], completion_tokens: int) -> Usage:
+def _usage(request: GenerationRequest, requests: Sequence[backend.Request], completion_tokens: int) -> Usage:
     prompt_tokens = sum(len(prompt) for prompt, _ in requests[:: request.n])
     return Usage(
         prompt_tokens=prompt_tokens,
@@ -227,7 +227,7 @@ ERROR_HANDLERS = {
     RequestError: _on_refusal,
     RequestValidationError: _on_invalid,
     HTTPException: _on_http_error,
-    replica.Unavailable: _on_unavailable,
-    replica.Overloaded: _on_overload,
+    backend.Unavailable: _on_unavailable,
+    backend.Overloaded: _on_overload,
     Exception: _on_our_mistake,
 }

@@ -8,12 +8,12 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem
 from cluster.runs import folder_at
+from serve.options import ApplicationArgs
 from serve.replica import MAX_REQUESTS, Replica
 
 if TYPE_CHECKING:
@@ -69,19 +69,6 @@ def build(
     # Where a link leads now: a replica that starts later is to load the same model.
     folder = model_folder if mirror.key_of(model_folder) else Path(model_folder).resolve()
     return deployment.bind(str(folder), model_name, slots, max(1, int(cpus)))
-
-
-class ApplicationArgs(BaseModel):
-    """What `args` of a Serve configuration file may say."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model_folder: str = Field(description="a model folder that every replica sees, or s3://…/RUN/STAGE/model")
-    model_name: str = Field(description="name that clients use")
-    replicas: int = Field(1, ge=1, description="generation replicas; the file's autoscaling_config replaces it")
-    cpus: float = Field(1, gt=0, description="CPUs that a replica claims")
-    slots: int = Field(32, ge=1, description="requests that one replica generates for at once")
-    insecure: bool = Field(False, description="answer everyone who can reach it, although there are no keys")
 
 
 def application(args: dict[str, Any]) -> ray_serve.Application:

@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from llm.engine import Engine, Token
 from llm.sampling import SamplingParams
+from serve.backend import DeadlineExceeded, Load, ModelInfo, Overloaded, Request, Unavailable
 
 MAX_REQUESTS = 512  # running and waiting; beyond it a client is told to come back
-
-Request = tuple[list[int], SamplingParams]
-
-
-class Unavailable(Exception):
-    """The replica can't generate: its model is still loading, or the engine failed."""
+LOOK_BACK_S = 10.0  # for how long a wait for a first token counts as one of late
 
 
-class Overloaded(Exception):
-    """The replica has as many requests as it lets wait."""
+@dataclass(eq=False)
+class _Pending:
+    """A request in the engine, and where its tokens go."""
+
+    queue: asyncio.Queue[Token | Exception]
+    tokens: int  # prompt tokens still to read and answer tokens at most still to write
+    prompt: int  # how many of these are the prompt's
+    since: float = field(default_factory=time.monotonic)
+    begun: bool = False
+
+    def advance(self) -> None:
+        """One token more has been written."""
+        self.tokens -= 1 if self.begun else self.prompt + 1
+        self.begun = True
 
 
 class Replica:
     """Owns an engine. Its callers share one event loop; only the replica's own thread changes the engine."""
 
-    def __init__(self, load: Callable[[], Engine]):
+    def __init__(self, load: Callable[[], Engine], *, max_requests: int = MAX_REQUESTS):
         """Starts `load` in the replica's thread, from a running event loop. `ready` once the engine made a token."""
-        self.failure: Exception | None = None
+        self.failure: str | None = None
         self._engine: Engine | None = None
+        self._max_requests = max_requests
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        self._queues: dict[str, asyncio.Queue[Token | Unavailable]] = {}  # a request's tokens, by its id in the engine
+        # Embeddings are computed beside the tokens, or a long text would stop them.
+        self._embedding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedding")
+        self._pending: dict[str, _Pending] = {}  # by its id in the engine
+        self._waits: deque[tuple[float, float]] = deque()  # when a first token came, and after how long
         self._work = asyncio.Event()
+        self._changed = asyncio.Event()  # loaded, or failed
         self._driver = asyncio.create_task(self._drive(load))
 
     @property
@@ -49,60 +67,159 @@ class Replica:
             raise Unavailable("the model is still loading")
         return self._engine
 
+    async def describe(self) -> ModelInfo:
+        """The model, once it is loaded. Unavailable if it can't be."""
+        await self._changed.wait()
+        engine = self.engine
+        return ModelInfo(
+            context=engine.context,
+            vocab_size=engine.vocab_size,
+            end_ids=frozenset(engine.end_ids),
+            generates=True,
+            embeds=True,
+            slots=engine.slots,
+        )
+
     def check(self, requests: Sequence[Request]) -> None:
         """Refuse what could not run: ValueError for a bad request, Overloaded, Unavailable."""
         for prompt_ids, params in requests:
             self.engine.check(prompt_ids, params)
-        if len(self._queues) + len(requests) > MAX_REQUESTS:
-            raise Overloaded(f"{len(self._queues)} requests are running or waiting, the most is {MAX_REQUESTS}")
+        self._check_room(len(requests))
 
-    async def tokens(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Token]]:
+    async def tokens(
+        self, requests: Sequence[Request], *, deadline_s: float | None = None
+    ) -> AsyncGenerator[tuple[int, Token], None]:
         """The tokens of all `requests` as they come, each with its request's index.
 
         A caller that goes away (closes the iterator, or is cancelled) frees the slots. Unavailable: the engine failed.
         """
+        async with aclosing(self.batches(requests, deadline_s=deadline_s)) as batches:
+            async for batch in batches:
+                for index, token in batch:
+                    yield index, token
+
+    async def batches(
+        self, requests: Sequence[Request], *, deadline_s: float | None = None
+    ) -> AsyncGenerator[list[tuple[int, Token]], None]:
+        """The same, with all that has come since the caller looked last at once."""
         engine = self.engine
-        queue: asyncio.Queue[Token | Unavailable] = asyncio.Queue()
+        self._check_room(len(requests))
+        queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         index_of = {uuid.uuid4().hex: index for index in range(len(requests))}
-        self._queues |= dict.fromkeys(index_of, queue)
+        self._pending |= {key: _pending(queue, requests[index]) for key, index in index_of.items()}
+        alarm = _alarm(queue, deadline_s)
         unfinished = set(index_of)
         try:
             for request_id, index in index_of.items():
                 await self._in_thread(engine.add, *requests[index], request_id)
                 self._work.set()
             while unfinished:
-                token = await queue.get()
-                if isinstance(token, Unavailable):
-                    raise token
-                if token.finish_reason:
-                    unfinished.remove(token.request_id)
-                yield index_of[token.request_id], token
+                batch = await _all_of(queue)
+                unfinished -= {token.request_id for token in batch if token.finish_reason}
+                yield [(index_of[token.request_id], token) for token in batch]
         finally:
+            if alarm:
+                alarm.cancel()
             for request_id in index_of:
-                del self._queues[request_id]
+                del self._pending[request_id]
             for request_id in unfinished:
                 self._thread.submit(engine.cancel, request_id)
+
+    async def embed(self, prompts: list[list[int]]) -> list[list[float]]:
+        """The mean-pooled last hidden states of each prompt. ValueError for one that couldn't be read."""
+        model = self.engine.model
+        answers = []
+        for prompt in prompts:  # one by one, so that nobody's many texts hold up another's single one
+            self.engine.check(prompt, SamplingParams(max_new_tokens=1))
+            vectors = await asyncio.get_running_loop().run_in_executor(self._embedding, _embed, model, prompt)
+            answers.append(vectors)
+        return answers
+
+    def load(self) -> Load:
+        """The load now; its longest wait is of those that wait, and of those that began in the last LOOK_BACK_S."""
+        now = time.monotonic()
+        while self._waits and now - self._waits[0][0] > LOOK_BACK_S:
+            self._waits.popleft()
+        pending = self._pending.values()
+        waits = [wait for _, wait in self._waits] + [now - each.since for each in pending if not each.begun]
+        running = min(len(pending), self._engine.slots) if self._engine else 0
+        return Load(
+            replicas=1,
+            running=running,
+            waiting=len(pending) - running,
+            queued_tokens=sum(each.tokens for each in pending),
+            first_token_s=max(waits, default=0.0),
+        )
+
+    def _check_room(self, count: int) -> None:
+        if len(self._pending) + count > self._max_requests:
+            raise Overloaded(f"{len(self._pending)} requests are running or waiting, the most is {self._max_requests}")
 
     async def _drive(self, load: Callable[[], Engine]) -> None:
         """Load the engine, then step it whenever it has work; after a failure everyone who waits is told."""
         try:
             engine = await self._in_thread(_load_and_try, load)
             self._engine = engine
+            self._changed.set()
             while True:
                 await self._work.wait()
-                for token in await self._in_thread(engine.step):
-                    if token.request_id in self._queues:  # else cancelled while the step ran
-                        self._queues[token.request_id].put_nowait(token)
+                self._hand_out(await self._in_thread(engine.step))
                 if not engine.has_work:
                     self._work.clear()  # whoever adds a request sets it afterwards
         except Exception as error:
-            self.failure = error
-            for queue in set(self._queues.values()):
-                queue.put_nowait(Unavailable(f"the engine failed: {error}"))
+            self.failure = f"{type(error).__name__}: {error}"
+            self._changed.set()
+            for queue in {pending.queue for pending in self._pending.values()}:
+                queue.put_nowait(Unavailable(f"the engine failed: {self.failure}"))
             raise
+
+    def _hand_out(self, tokens: Sequence[Token]) -> None:
+        now = time.monotonic()
+        for token in tokens:
+            pending = self._pending.get(token.request_id)
+            if pending is None:  # cancelled while the step ran
+                continue
+            if not pending.begun:
+                self._waits.append((now, now - pending.since))
+            pending.advance()
+            pending.queue.put_nowait(token)
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+
+def _pending(queue: asyncio.Queue[Token | Exception], request: Request) -> _Pending:
+    prompt_ids, params = request
+    return _Pending(queue, len(prompt_ids) + params.max_new_tokens, len(prompt_ids))
+
+
+def _alarm(queue: asyncio.Queue[Token | Exception], deadline_s: float | None) -> asyncio.TimerHandle | None:
+    """Puts an end to what is read from `queue` when the deadline is over."""
+    if deadline_s is None:
+        return None
+    error = DeadlineExceeded(f"the answer took longer than the {deadline_s:g} s that it may")
+    return asyncio.get_running_loop().call_later(deadline_s, partial(queue.put_nowait, error))
+
+
+async def _all_of(queue: asyncio.Queue[Token | Exception]) -> list[Token]:
+    """What is in the queue, at least one; an exception in it is raised once what came before it has been taken."""
+    tokens: list[Token] = []
+    while not tokens or not queue.empty():
+        one = queue.get_nowait() if tokens else await queue.get()
+        if not isinstance(one, Exception):
+            tokens.append(one)
+        elif not tokens:
+            raise one
+        else:
+            queue.put_nowait(one)
+            break
+    return tokens
+
+
+def _embed(model: Any, prompt: list[int]) -> list[float]:
+    from llm.embedding import embed
+
+    return embed(model, [prompt])[0].tolist()
 
 
 def _load_and_try(load: Callable[[], Engine]) -> Engine:

@@ -64,7 +64,8 @@ def test_an_open_service_is_asked_for_in_plain_words():
         ({"model": "x"}, "Extra inputs"),
         ({"cpus": 0}, "greater than 0"),
         ({"slots": "many"}, "valid integer"),
-        ({"replicas": 0}, "greater than or equal to 1"),
+        ({"replicas": -1}, "greater than or equal to 0"),
+        ({"replicas": 3, "max_replicas": 2}, r"max_replicas \(2\) is below replicas \(3\)"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_named(change, said):
