@@ -109,26 +109,26 @@ def _amounts(resources: Resources) -> str:
     return " and ".join(one for one in told if len(resources) == 1 or not one.startswith("0 ")) or "no CPUs"
 
 
-def starving_problems(who: str, cpus: float, gpus: float, data_cpus: float, nodes: list[Resources]) -> list[Problem]:
-    """Kinds of nodes that workers of `cpus` and `gpus` each, as many as fit, would leave without `data_cpus`.
+def starving_problems(who: str, worker: Piece, data_cpus: float, nodes: Sequence[Resources]) -> list[Problem]:
+    """Kinds of nodes that as many of `worker` as fit and can be used would leave without `data_cpus`.
 
     Where the number of workers isn't fixed they take all the room there is, and Ray Data would wait for ever.
     """
     found = {(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes}
     return [
         Problem(
-            f"on a node of {of_node:g} CPUs {fitting} workers of {who}.cpus_per_worker {cpus:g} leave Ray Data "
-            f"{of_node - fitting * cpus:g}, and a reading task claims {data_cpus:g}",
+            f"on a node of {of_node:g} CPUs {fitting} workers of {who}.cpus_per_worker {worker.cpus:g} leave Ray Data "
+            f"{of_node - fitting * worker.cpus:g}, and a reading task claims {data_cpus:g}",
             f"change {who}.cpus_per_worker so that {who}.data_cpus are left on each, or set {who}.min_workers to null",
         )
         for of_node, of_gpus in sorted(found)
-        if (fitting := _fitting(of_node, cpus, of_gpus, gpus)) and of_node - fitting * cpus < data_cpus - 1e-9
+        if (fitting := _fitting(worker, of_node, of_gpus)) and of_node - fitting * worker.cpus < data_cpus - 1e-9
     ]
 
 
-def _fitting(of_node: float, cpus: float, of_gpus: float, gpus: float) -> int:
-    by_cpus = int(of_node / cpus + 1e-9)
-    return min(by_cpus, int(of_gpus / gpus + 1e-9)) if gpus else by_cpus
+def _fitting(worker: Piece, of_node: float, of_gpus: float) -> int:
+    fit = min(int(of_node / worker.cpus + 1e-9), worker.most)
+    return min(fit, int(of_gpus / worker.claims["GPU"] + 1e-9)) if worker.gpus else fit
 
 
 def disk_problems(folder: Path, needed: int) -> list[Problem]:
