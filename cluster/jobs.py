@@ -23,6 +23,7 @@ import requests
 
 from cluster import mirror, objects
 from cluster.errors import BadInput, PreflightRefused, Problem, StageFailed
+from cluster.preflight import Place
 
 LIVE = ("PENDING", "RUNNING")
 STOP_WAIT_S = 600  # Ray's own 3 s would kill the driver before the state is saved
@@ -111,13 +112,9 @@ class Jobs:
         with _refused(address):
             self._client = JobSubmissionClient(address)
 
-    def resources(self) -> dict[str, float]:
-        """CPUs, GPUs and the like of the nodes that are alive, summed by name."""
-        total: dict[str, float] = {}
-        for node in self._live_nodes():
-            for name, amount in (node["resources_total"] or {}).items():
-                total[name] = total.get(name, 0.0) + amount
-        return total
+    def places(self) -> list[Place]:
+        """The nodes that are alive, each with all that it has."""
+        return [Place(node["node_ip"], node["resources_total"] or {}) for node in self._live_nodes()]
 
     def _live_nodes(self) -> list[dict[str, Any]]:
         answer = self._client._do_request("GET", "/api/v0/nodes?detail=true&limit=10000")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster import forks, mirror
 from cluster.errors import PreflightRefused, Problem
+from cluster.preflight import Place
 from cluster.progress import console
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -154,8 +155,25 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def expected_resources(address: str | None) -> dict[str, float] | None:
-    """CPUs and GPUs that a local Ray will have; None for a cluster, which only answers once joined."""
+def expected_node(address: str | None) -> Place | None:
+    """What a local Ray will have; None for a cluster, which only answers once joined."""
     if address or os.environ.get("RAY_ADDRESS"):
         return None
-    return {"CPU": float(usable_cpus()), "GPU": 0.0}
+    return Place("this machine", {"CPU": float(usable_cpus()), "GPU": 0.0})
+
+
+def live_places() -> list[Place]:
+    """The nodes of the cluster that was joined, each with all that it has."""
+    import ray
+
+    return [Place(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def free_places() -> list[Place]:
+    """The same nodes, each with what nobody holds at the moment."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [Place(node["NodeManagerAddress"], free.get(node["NodeID"], {})) for node in alive]

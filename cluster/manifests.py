@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import BadInput, Problem
+from cluster.preflight import Piece, starving_problems
 
 K8S = Path(__file__).resolve().parent.parent / "k8s"
 RAY_KINDS = ("RayCluster", "RayJob", "RayService")
@@ -31,7 +32,9 @@ LONGEST_OBJECT = 47  # KubeRay adds six characters for a job's cluster, and up t
 LONGEST_NAME = LONGEST_OBJECT - len("headwater-") - len("-tokenizer")
 SMALLEST_DISK = 10  # GiB
 SMALLEST_MEMORY = 2  # GiB, what the overlay `laptop` asks for
-SERVICE_GROWTH = 4  # a service grows to this many times the replicas of the recipe
+KEYS = "/etc/headwater-keys/keys.json"  # from the Secret `headwater-keys`
+OURS = ("replicas", "max_replicas", "keys")  # of a service's arguments, which the cluster has a word in
+SCRATCH = "/tmp"  # of each pod, writable
 
 Document = dict[str, Any]
 
@@ -45,6 +48,11 @@ class Need:
     cpus: float  # of one piece
     gpus: float = 0.0  # of one piece
     shared_cpus: float = 0.0  # of Ray Data's tasks, in whichever pod
+    least: int | None = None  # pieces that are enough, where their number isn't fixed
+
+    @property
+    def fewest(self) -> int:
+        return self.pieces if self.least is None else self.least
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,10 @@ class Order:
     root: str
     stages: tuple[Need, ...]
     service: Need
-    slots: int  # requests that a replica answers at once
+    service_args: dict[str, Any]  # of serve.app:application, but for the model and who may ask it
     disk_bytes: int
+    paths: tuple[tuple[str, str], ...] = ()  # folders and files that the recipe names, after the settings that do
+    address: str | None = None  # of a Ray that the recipe names
     node: Node = Node()
     image: str | None = None  # None keeps what the manifests and the overlays say
 
@@ -128,6 +138,32 @@ def _problems(order: Order, chosen: Sequence[str]) -> Iterator[Problem]:
         return
     for need in (*order.stages, order.service):
         yield from _size_problems(need, node)
+    yield from _starving_problems(order)
+    yield from _unseen_problems(order)
+
+
+def _starving_problems(order: Order) -> Iterator[Problem]:
+    """Where the number of workers isn't fixed, they take all the room of a pod, and may leave Ray Data none."""
+    for need in (need for need in order.stages if need.fewest < need.pieces):
+        for pods in dict.fromkeys((pods_for(need, order.node), pods_for_all(order.stages, order.node))):
+            yield from _starving(need, pods.cpus, pods.gpus)
+
+
+def _unseen_problems(order: Order) -> Iterator[Problem]:
+    """Paths that mean something on the machine where the recipe was written, and nothing in a pod."""
+    volume = [] if order.in_object_store else [order.root]
+    for setting, path in order.paths:
+        if not any(_lies_under(path, folder) for folder in volume):
+            there = (
+                f"put it under {order.root} on the volume, or into object storage" if volume else "put it there too"
+            )
+            yield Problem(f"{setting} is '{path}', which no pod sees", f"{there}: s3://BUCKET/PREFIX")
+    if order.address:
+        yield Problem(f"cluster.address is '{order.address}', and a job runs on a Ray of its own", "set it to null")
+
+
+def _lies_under(path: str, folder: str) -> bool:
+    return ".." not in Path(path).parts and Path(path).is_relative_to(folder)
 
 
 def _size_problems(need: Need, node: Node) -> Iterator[Problem]:
@@ -148,24 +184,34 @@ def _size_problems(need: Need, node: Node) -> Iterator[Problem]:
 
 def pods_for(need: Need, node: Node) -> Pods:
     """Pods that hold every piece of `need`, as few as can be, each with room for Ray Data's tasks."""
+    return pods_for_all([need], node)
+
+
+def _fewest_pods(need: Need, node: Node) -> Pods:
     room = [need.pieces, math.floor((node.cpus - need.shared_cpus) / need.cpus + 1e-9)]
     if need.gpus:
         room.append(math.floor(node.gpus / need.gpus + 1e-9))
     together = max(1, min(room))
-    count = math.ceil(need.pieces / together)
+    most, least = math.ceil(need.pieces / together), math.ceil(need.fewest / together)
     cpus = math.ceil(together * need.cpus + need.shared_cpus - 1e-9)
-    return Pods(count, count, max(1, cpus), math.ceil(together * need.gpus - 1e-9))
+    return Pods(most, least, max(1, cpus), math.ceil(together * need.gpus - 1e-9))
 
 
 def pods_for_all(needs: Iterable[Need], node: Node) -> Pods:
     """Pods that are enough for each of `needs` in turn."""
-    each = [pods_for(need, node) for need in needs]
-    return Pods(
-        max(pods.most for pods in each),
-        min(pods.least for pods in each),
-        max(pods.cpus for pods in each),
-        max(pods.gpus for pods in each),
-    )
+    needs = list(needs)
+    each = [_fewest_pods(need, node) for need in needs]
+    cpus, gpus = max(pods.cpus for pods in each), max(pods.gpus for pods in each)
+    elastic = [need for need in needs if need.fewest < need.pieces]
+    fed = (size for size in range(cpus, node.cpus + 1) if not any(_starving(need, size, gpus) for need in elastic))
+    return Pods(max(pods.most for pods in each), min(pods.least for pods in each), next(fed, cpus), gpus)
+
+
+def _starving(need: Need, cpus: int, gpus: int) -> list[Problem]:
+    """What is wrong with pods of that size, where as many pieces as fit would leave Ray Data nothing."""
+    pod = {"CPU": float(cpus), "GPU": float(gpus)}
+    worker = Piece("worker", "", need.cpus, need.gpus, need.fewest, need.pieces)
+    return starving_problems(need.component, worker, need.shared_cpus, [pod])
 
 
 # Filling in
@@ -217,25 +263,37 @@ def _fill_cluster(document: Document, order: Order) -> None:
 
 
 def _fill_service(document: Document, order: Order) -> None:
-    """One replica a pod, so that losing a pod costs one replica."""
+    """A replica claims a whole pod, so that losing a pod costs one replica."""
     document["metadata"]["name"] = f"headwater-{order.name}"
     cluster = cluster_of(document)
     config = yaml.safe_load(document["spec"]["serveConfigV2"])
     (application,) = config["applications"]
-    (deployment,) = application["deployments"]
-    scaling = deployment["autoscaling_config"]
-    least = max(order.service.pieces, scaling["min_replicas"])
-    most = SERVICE_GROWTH * least if cluster["enableInTreeAutoscaling"] else least
-    application["args"] |= {
+    asked = max(order.service.fewest, application["args"].get("replicas", 0))  # an overlay may want more
+    least = max(1, asked)  # somebody has to answer that the model is being loaded
+    most = max(least, order.service.pieces) if cluster["enableInTreeAutoscaling"] else least
+    pods = Pods(most, least, math.ceil(order.service.cpus), math.ceil(order.service.gpus))
+    replicas = {"replicas": asked, "max_replicas": most} if asked < most else {"replicas": most}
+    application["args"] = {
         "model_folder": f"{order.run}/rlhf/model",
         "model_name": order.name,
-        "cpus": order.service.cpus,
-        "slots": order.slots,
+        **{name: value for name, value in order.service_args.items() if value is not None and name not in OURS},
+        **replicas,
+        "cpus": pods.cpus,
+        **({"keys": KEYS} if order.service_args.get("keys") else {"insecure": True}),
     }
-    scaling |= {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": order.slots}
     document["spec"]["serveConfigV2"] = yaml.safe_dump(config, sort_keys=False)
-    _size_workers(cluster, Pods(most, least, math.ceil(order.service.cpus), math.ceil(order.service.gpus)), order.node)
+    _size_workers(cluster, pods, order.node)
     cluster["workerGroupSpecs"][0]["replicas"] = least
+    if order.service_args.get("keys"):
+        _mount_keys(cluster["workerGroupSpecs"][0]["template"]["spec"])
+
+
+def _mount_keys(spec: Document) -> None:
+    """The file of the keys' hashes, as a Secret that is read again when it changes."""
+    secret = {"secretName": "headwater-keys", "defaultMode": 0o440}
+    spec["volumes"] = [*spec["volumes"], {"name": "keys", "secret": secret}]
+    mount = {"name": "keys", "mountPath": str(Path(KEYS).parent), "readOnly": True}
+    spec["containers"][0]["volumeMounts"] = [*spec["containers"][0]["volumeMounts"], mount]
 
 
 FILL = {"RayJob": _fill_job, "RayCluster": _fill_cluster, "RayService": _fill_service}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem
+from cluster.preflight import Piece
 from cluster.progress import console, progress
 from cluster.runs import canonical_hash
 from llm.chat import render_turns
@@ -308,7 +309,8 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _demand(recipe: Recipe) -> Demand:
-    return Demand(cpus=recipe.evaluate.cpus_per_task, gpus=recipe.evaluate.gpus_per_task)
+    settings, names = recipe.evaluate, "evaluate.cpus_per_task or evaluate.gpus_per_task"
+    return Demand((Piece("task", names, settings.cpus_per_task, settings.gpus_per_task),))
 
 
 STAGE = Stage(

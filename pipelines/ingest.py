@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
+from cluster.preflight import Piece
 from cluster.progress import console, progress
 from cluster.runs import canonical_hash
 from pipelines import conversations, filters
@@ -628,7 +629,8 @@ def _problems(source: Source) -> list[Problem]:
 def _demand(recipe: Recipe) -> Demand:
     """Documents are there twice before the last step is done; compressed, so in the space of one plain copy each."""
     usable = [source for source in recipe.ingest.chosen() if not _problems(source)]
-    return Demand(cpus=recipe.ingest.cpus_per_task, disk_bytes=2 * sum(map(_size, usable)))
+    task = Piece("task", "ingest.cpus_per_task", recipe.ingest.cpus_per_task)
+    return Demand((task,), disk_bytes=2 * sum(map(_size, usable)))
 
 
 def _size(source: Source) -> int:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cluster import plan
 from cluster.errors import BadInput, Problem
-from cluster.local import expected_resources, ray_session
+from cluster.local import expected_node, live_places, ray_session
 from cluster.plan import Decoder, Gpu, Load
 from llm.architectures import Ids, on_meta
 from llm.flops import multiplied_weights
@@ -227,14 +227,14 @@ def serving_of(recipe: Recipe, decoder: Decoder, gpu: Gpu, options: Options) -> 
 def disk_of(recipe: Recipe, decoder: Decoder) -> dict[str, float]:
     """Bytes of the token shards when each token is read once, and of the checkpoints of all stages that train."""
     tokens = training_of(recipe, decoder)["tokens"]
-    kept = [training.demand(decoder.parameters, getattr(recipe, name)).disk_bytes for name in TRAINED]
+    kept = [training.demand(name, recipe).disk_bytes for name in TRAINED]
     return {"shards": float(tokens * (2 if decoder.vocab <= 1 << 16 else 4)), "checkpoints": float(sum(kept))}
 
 
 def cluster_of(recipe: Recipe) -> dict[str, Any] | None:
     """What the cluster that is up has, and what of the recipe it can't place; None if none is named."""
     address = recipe.cluster.address
-    if expected_resources(address) is not None:
+    if expected_node(address) is not None:
         return None
     import ray
 
@@ -242,8 +242,8 @@ def cluster_of(recipe: Recipe) -> dict[str, Any] | None:
     from pipelines.stage import load_stages
 
     with ray_session(address, recipe.cluster.object_store_mb):
-        there = ray.cluster_resources()
-    missing = [str(problem.what) for problem in resource_problems_of(load_stages(), recipe, there)]
+        there, places = ray.cluster_resources(), live_places()
+    missing = [str(problem.what) for problem in resource_problems_of(load_stages(), recipe, places)]
     kinds = [name.partition(":")[2] for name in there if name.startswith("accelerator_type:")]
     return {"cpus": there.get("CPU", 0.0), "gpus": there.get("GPU", 0.0), "kinds": kinds, "missing": missing}
 

@@ -382,6 +382,6 @@ STAGE = Stage(
     identity=_identity,
     check=_check,
     sources=_sources,
-    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.ids), recipe.pretrain),
+    demand=lambda recipe: training.demand("pretrain", recipe),
     run=run,
 )

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed, Stopped
+from cluster.preflight import Piece
 from cluster.progress import progress
 from cluster.runs import canonical_hash, remove, stop_is_asked
 from llm.architectures import context_of, read_config
@@ -447,9 +448,9 @@ def _check(recipe: Recipe) -> list[Problem]:
 
 def _demand(recipe: Recipe) -> Demand:
     settings = recipe.rank
+    names = "rank.actors, rank.cpus_per_actor or rank.gpus_per_actor"
     return Demand(
-        cpus=settings.actors * settings.cpus_per_actor,
-        gpus=settings.actors * settings.gpus_per_actor,
+        (Piece("actor", names, settings.cpus_per_actor, settings.gpus_per_actor, settings.actors),),
         disk_bytes=2 * settings.prompts * settings.answers * ANSWER_BYTES,
     )
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from cluster import mirror
 from cluster.runs import Run
 from pipelines.run import Journey
-from pipelines.stage import NAMES
+from pipelines.stage import NAMES, Demand
 
 
 def show_plan(journey: Journey, as_json: bool) -> None:
@@ -23,7 +23,7 @@ def show_plan(journey: Journey, as_json: bool) -> None:
     resolved = journey.recipe.model_dump(mode="json")
     if as_json:
         plan = [
-            {"stage": step.stage.name, "runs": step.runs, "why": step.why, **vars(needs[step.stage.name])}
+            {"stage": step.stage.name, "runs": step.runs, "why": step.why, **_told(needs[step.stage.name])}
             for step in steps
         ]
         json.dump({"run": mirror.shown(journey.run.path), "recipe": resolved, "plan": plan}, sys.stdout, indent=1)
@@ -38,6 +38,10 @@ def show_plan(journey: Journey, as_json: bool) -> None:
             step.stage.name, "yes" if step.runs else "no", step.why, f"{need.cpus:g}", f"{need.gpus:g}", disk
         )
     Console().print(table)
+
+
+def _told(need: Demand) -> dict[str, Any]:
+    return {"cpus": need.cpus, "gpus": need.gpus, "disk_bytes": need.disk_bytes}
 
 
 def show_run(run: Run, as_json: bool) -> None:

@@ -202,6 +202,6 @@ STAGE = Stage(
     needs=("tokenizer", "sft", "rank"),
     artefacts=("model",),
     identity=_identity,
-    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.ids), recipe.reward),
+    demand=lambda recipe: training.demand("reward", recipe),
     run=run,
 )

@@ -272,6 +272,6 @@ STAGE = Stage(
     needs=("tokenizer", "sft", "reward"),
     artefacts=("model",),
     identity=_identity,
-    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.ids), recipe.rlhf),
+    demand=lambda recipe: training.demand("rlhf", recipe),
     run=run,
 )

@@ -6,7 +6,7 @@ import logging
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,8 +16,8 @@ import yaml
 
 from cluster import mirror
 from cluster.errors import BadInput, HeadwaterError, PreflightRefused, Problem, StageFailed, Stopped
-from cluster.local import CHECKOUT, expected_resources, ray_session
-from cluster.preflight import disk_problems, resource_problems
+from cluster.local import CHECKOUT, expected_node, free_places, live_places, ray_session
+from cluster.preflight import Place, disk_problems, resource_problems
 from cluster.progress import console, log_to
 from cluster.runs import SCHEMA_VERSION, Run, StageFolder, canonical_hash, read_json, write_json
 from cluster.tracking import Tracker
@@ -211,26 +211,26 @@ def preflight(journey: Journey, stages: list[Stage]) -> None:
     problems = [problem for stage in stages for problem in stage.check(journey.recipe)]
     if problems:
         raise BadInput(*problems)
-    local = expected_resources(journey.recipe.cluster.address)
+    local = expected_node(journey.recipe.cluster.address)
     if local is not None:
-        problems += resource_problems_of(stages, journey.recipe, local)
+        problems += resource_problems_of(stages, journey.recipe, [local])
     problems += disk_problems(journey.run.path, sum(stage.demand(journey.recipe).disk_bytes for stage in stages))
     if problems:
         raise PreflightRefused(*problems)
 
 
-def resource_problems_of(stages: list[Stage], recipe: Recipe, available: dict[str, float]) -> list[Problem]:
-    """What the stages need at once and `available` lacks, by name."""
-    demands = [(stage.name, stage.demand(recipe)) for stage in stages]
-    return [problem for name, need in demands for problem in resource_problems(name, need.cpus, need.gpus, available)]
+def resource_problems_of(stages: list[Stage], recipe: Recipe, places: Sequence[Place]) -> list[Problem]:
+    """What the stages need at once, each by itself, and these nodes lack, by name."""
+    pieces = [(stage.name, stage.demand(recipe).pieces) for stage in stages]
+    return [problem for name, needed in pieces for problem in resource_problems(name, needed, places)]
 
 
 def _check_cluster(stages: list[Stage], recipe: Recipe) -> None:
-    import ray
-
-    problems = resource_problems_of(stages, recipe, ray.cluster_resources())
+    problems = resource_problems_of(stages, recipe, live_places())
     if problems:
         raise PreflightRefused(*problems)
+    for problem in resource_problems_of(stages, recipe, free_places()):
+        console.print(f"others hold a part of the cluster, which has to be waited for: {problem.what}")
 
 
 def _changed(done: dict[str, Any], stage: Stage, recipe: Recipe, inputs: dict[str, str]) -> list[str]:

@@ -164,6 +164,6 @@ STAGE = Stage(
     identity=_identity,
     sources=_sources,
     check=_check,
-    demand=lambda recipe: training.demand(recipe.model.shape.parameters(recipe.tokenizer.ids), recipe.sft),
+    demand=lambda recipe: training.demand("sft", recipe),
     run=run,
 )

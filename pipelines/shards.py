@@ -29,6 +29,7 @@ import pyarrow.compute as pc
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
+from cluster.preflight import Piece
 from llm.encoding import load_encoder
 from llm.files import write_json
 from llm.packing import PACKINGS, joined, write_index
@@ -392,6 +393,6 @@ STAGE = Stage(
         "held_out": recipe.held_out,
         "sources": _sources(recipe),  # their order is that of the rows
     },
-    demand=lambda recipe: Demand(cpus=recipe.shards.cpus_per_task),
+    demand=lambda recipe: Demand((Piece("task", "shards.cpus_per_task", recipe.shards.cpus_per_task),)),
     run=run,
 )

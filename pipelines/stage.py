@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import Problem
+from cluster.preflight import Piece
 from cluster.runs import Run, StageFolder, canonical_hash, hash_folder
 from llm.files import hash_file
 from pipelines.recipe import Recipe
@@ -25,11 +26,18 @@ def load_stages(names: Iterable[str] = NAMES) -> list[Stage]:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a stage needs at once, checked before it starts."""
+    """What a stage needs at once, checked before it starts. The first of its pieces is what does the stage's work."""
 
-    cpus: float = 0.0
-    gpus: float = 0.0
+    pieces: tuple[Piece, ...] = ()
     disk_bytes: int = 0
+
+    @property
+    def cpus(self) -> float:
+        return sum(piece.count * piece.cpus for piece in self.pieces)
+
+    @property
+    def gpus(self) -> float:
+        return sum(piece.count * piece.gpus for piece in self.pieces)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from cluster.progress import console
 from pipelines.run import Journey, resource_problems_of
 
 ROOMS = ("cluster", "llm", "pipelines", "serve")  # what travels: the code, and the recipe as it was resolved
+CODE = (".py", ".html", ".css", ".js", ".svg")
+LARGEST_FILE = 1 << 20  # bytes; no file of code is near it
 FAILURES = {2: BadInput, 3: PreflightRefused, 5: Stopped}
 
 
@@ -55,7 +58,7 @@ def _running(known: list[Attempt], label: str) -> Attempt | None:
 
 
 def _start(journey: Journey, jobs: Jobs, label: str, known: list[Attempt]) -> Attempt:
-    problems = resource_problems_of(journey.chosen(), journey.recipe, jobs.resources())
+    problems = resource_problems_of(journey.chosen(), journey.recipe, jobs.places())
     if problems:
         raise PreflightRefused(*problems)
     number = next_number(known, journey.run.jobs)
@@ -88,9 +91,32 @@ def packed_code() -> Iterator[Path]:
     """A folder with our code alone, for as long as the block lasts."""
     with tempfile.TemporaryDirectory(prefix="headwater-job-") as name:
         folder = Path(name)
-        for room in ROOMS:
-            shutil.copytree(CHECKOUT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        for path in code_files():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(CHECKOUT / path, folder / path)
         yield folder
+
+
+def code_files() -> list[Path]:
+    """What of the checkout is code, relative to it. What else lies in its folders is the user's, and stays here."""
+    found = [Path(room, path) for room in ROOMS for path in _files(CHECKOUT / room) if _is_code(Path(room, path))]
+    for path in found:
+        if (size := (CHECKOUT / path).stat().st_size) > LARGEST_FILE:
+            what = f"{path} has {size / 1e6:.1f} MB, and code is sent to the cluster with each job"
+            raise BadInput(Problem(what, "keep data where every node reads it, under --runs for example"))
+    return sorted(found)
+
+
+def _files(room: Path) -> Iterator[Path]:
+    """Relative to the room. Links are not followed: nobody knows what they lead to."""
+    for folder, below, names in os.walk(room):
+        below[:] = [name for name in below if not name.startswith((".", "__pycache__"))]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (path.relative_to(room) for path in paths if not path.is_symlink())
+
+
+def _is_code(path: Path) -> bool:
+    return path.suffix in CODE or (path.suffix == ".yaml" and path.parent == Path("pipelines", "recipes"))
 
 
 def follow(jobs: Jobs, attempt: Attempt) -> None:

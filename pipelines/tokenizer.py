@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem, StageFailed
+from cluster.preflight import Piece
 from cluster.progress import console
 from llm.vocabulary import encode_text, fingerprint, gpt2_tokenizer, train_tokenizer
 from pipelines import documents
@@ -248,6 +249,8 @@ STAGE = Stage(
     identity=lambda recipe: {**recipe.tokenizer.identity(), "held_out": recipe.held_out},
     check=_check,
     sources=_sources,
-    demand=lambda recipe: Demand(cpus=recipe.tokenizer.cpus, disk_bytes=recipe.tokenizer.vocab_size * 200),
+    demand=lambda recipe: Demand(
+        (Piece("task", "tokenizer.cpus", recipe.tokenizer.cpus),), disk_bytes=recipe.tokenizer.vocab_size * 200
+    ),
     run=run,
 )

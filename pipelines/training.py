@@ -19,7 +19,7 @@ from typing import Any
 from cluster import claims, mirror
 from cluster.errors import PreflightRefused, Problem, StageFailed, Stopped
 from cluster.local import forked_workers
-from cluster.preflight import starving_problems
+from cluster.preflight import Piece, starving_problems
 from cluster.progress import console, progress
 from cluster.runs import ask_to_stop
 from llm import guard, sequence, slices
@@ -233,8 +233,7 @@ def refuse_starving(who: str, settings: TrainingSettings) -> None:
     if settings.least_workers == settings.workers:
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    claims = settings.cpus_per_worker, settings.gpus_per_worker, settings.data_cpus
-    if problems := starving_problems(who, *claims, nodes):
+    if problems := starving_problems(who, worker_of(who, settings), settings.data_cpus, nodes):
         raise PreflightRefused(*problems)
 
 
@@ -253,14 +252,20 @@ def cutting_problems(recipe: Recipe, stage: str) -> list[Problem]:
     return [Problem(f"{stage}.{name} is {settings.group}: {why}", remedy)] if why else []
 
 
-def demand(parameters: int, settings: TrainingSettings) -> Demand:
+def worker_of(who: str, settings: TrainingSettings) -> Piece:
+    """A worker of a training stage, as it has to be placed."""
+    names = f"{who}.workers, {who}.cpus_per_worker or {who}.gpus_per_worker"
+    least, most = settings.least_workers, settings.workers
+    return Piece("worker", names, settings.cpus_per_worker, settings.gpus_per_worker, least, most)
+
+
+def demand(who: str, recipe: Recipe) -> Demand:
     """What a training stage needs: its workers with Ray Data's share, and room for its checkpoints."""
+    settings, parameters = getattr(recipe, who), recipe.model.shape.parameters(recipe.tokenizer.ids)
     # fp32 weights and two moments (12 bytes a parameter), and the model itself.
     checkpoint = parameters * (12 + (4 if settings.dtype == "fp32" else 2))
-    workers = settings.least_workers
     return Demand(
-        cpus=workers * settings.cpus_per_worker + settings.data_cpus,
-        gpus=workers * settings.gpus_per_worker,
+        (worker_of(who, settings), Piece("reading task", f"{who}.data_cpus", settings.data_cpus)),
         disk_bytes=checkpoint
         * (settings.keep_checkpoints + settings.keep_best + 2),  # one more is being written, and one is exported
     )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cluster.errors import BadInput, PreflightRefused
-from cluster.preflight import disk_problems, resource_problems, starving_problems
+from cluster.preflight import Piece, disk_problems, starving_problems
 from cluster.runs import Run, StageFolder, canonical_hash, find_run, hash_folder, read_json, runs_root
 
 
@@ -104,20 +104,17 @@ def test_no_file_reads_as_nothing(tmp_path):
     assert read_json(tmp_path / "none.json") is None
 
 
-def test_resources_that_are_missing_are_named_with_both_numbers():
-    (problem,) = resource_problems("pretrain", cpus=8, gpus=0, available={"CPU": 2.0})
-    assert "pretrain needs 8 CPUs" in str(problem)
-    assert "Ray has 2" in str(problem)
-    assert resource_problems("pretrain", cpus=2, gpus=0, available={"CPU": 2.0}) == []
-    assert "1 GPUs" in str(resource_problems("pretrain", cpus=0, gpus=1, available={"CPU": 2.0})[0])
-
-
 def test_nodes_that_would_leave_ray_data_nothing_are_named():
     nodes = [{"CPU": 2.0}, {"CPU": 2.0, "memory": 1.0}, {"CPU": 0.0}, {"CPU": 1.25}, {"memory": 1.0}]
-    (problem,) = starving_problems("pretrain", 1.0, 0, 0.25, nodes)
+    (problem,) = starving_problems("pretrain", worker(1.0), 0.25, nodes)
     assert "a node of 2 CPUs 2 workers of pretrain.cpus_per_worker 1 leave Ray Data 0" in problem.what
-    assert starving_problems("pretrain", 0.75, 0, 0.25, [{"CPU": 1.0}]) == []
-    assert starving_problems("pretrain", 1.0, 1, 0.25, [{"CPU": 8.0, "GPU": 4.0}]) == [], "GPUs are fewer"
+    assert starving_problems("pretrain", worker(0.75), 0.25, [{"CPU": 1.0}]) == []
+    assert starving_problems("pretrain", worker(1.0, 1), 0.25, [{"CPU": 8.0, "GPU": 4.0}]) == [], "GPUs are fewer"
+    assert starving_problems("pretrain", worker(1.0), 0.25, [{"CPU": 9.0}]) == [], "there are no more than 8 workers"
+
+
+def worker(cpus: float, gpus: float = 0.0) -> Piece:
+    return Piece("worker", "pretrain.workers", cpus, gpus, 1, 8)
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path):

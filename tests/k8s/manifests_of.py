@@ -28,13 +28,17 @@ GPU = (
     "pretrain.gpus_per_worker=1",
     "rank.gpus_per_actor=0.5",
     "serve.replicas=3",
+    "serve.max_replicas=12",
     "serve.cpus_per_replica=1.5",
 )
+KEYS = ("serve.keys=keys.json", "serve.replicas=0", "serve.max_replicas=3", "serve.gpus_per_replica=1")
+YOURS = ("70b-512gpu", "7b-64gpu", "small-8gpu")  # recipes that read what is under /your
 # What is rendered: recipe, settings, overlays, root of the runs.
 RENDERED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], str]] = {
-    **{name: (name, (), (), "/runs") for name in shipped()},
+    **{name: (name, (), (), "/your" if name in YOURS else "/runs") for name in shipped()},
     **{f"tiny {overlay}": ("tiny", (), (overlay,), "/runs") for overlay in manifests.overlays()},
     "tiny in object storage": ("tiny", (), ("production", "spot"), "s3://bucket/some/prefix"),
+    "tiny with keys": ("tiny", KEYS, ("gpu",), "/runs"),
     "large": ("micro", GPU, ("gpu",), "/mnt/runs"),
     "large on spot": ("micro", GPU, ("gpu", "spot", "volcano"), "/mnt/runs"),
     "large in a queue": ("micro", GPU, ("gpu", "production", "kueue"), "/mnt/runs"),

@@ -24,9 +24,8 @@ def configuration(model_folder: str, port: int) -> dict[str, Any]:
     assert cluster_of(service)["gcsFaultToleranceOptions"]["redisAddress"]
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     (application,) = config["applications"]
-    application["args"] |= {"model_folder": model_folder, "cpus": 0.5}
+    application["args"] |= {"model_folder": model_folder, "cpus": 0.5, "replicas": 1}
     config["http_options"]["port"] = port
-    application["deployments"][0]["autoscaling_config"] |= {"min_replicas": 1, "max_replicas": 1}
     return config
 
 

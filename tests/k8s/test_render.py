@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from itertools import product
@@ -12,11 +13,15 @@ import yaml
 from cluster import leaving, manifests
 from cluster.errors import BadInput
 from cluster.manifests import COMPONENT, RECIPE, Need, Node, cluster_of, pods_for, pods_for_all
+from cluster.preflight import Piece, starving_problems
+from pipelines import deploy
 from pipelines.__main__ import _parser, main
 from pipelines.recipe import load_recipe, shipped
 from pipelines.stage import NAMES, load_stages
 from tests.k8s.manifests_of import EVERYTHING, GPU, KUSTOMIZED, RENDERED, documents_of, kinds, order_of
 from tests.k8s.policy import pods
+
+ELASTIC = ("pretrain.workers=2", "pretrain.min_workers=1")
 
 
 def by_component(documents):
@@ -62,6 +67,36 @@ def test_every_piece_has_a_place_and_so_has_the_data(pieces, cpus, gpus, shared)
     assert (pods.most - 1) * fit < pieces, "no pod too many"
     assert pods.cpus <= node.cpus
     assert pods.gpus <= node.gpus
+
+
+@pytest.mark.parametrize(
+    ("pieces", "least", "cpus", "gpus", "shared"),
+    product((2, 5, 16), (1, 2), (0.3, 0.75, 0.9, 3), (0, 0.5, 1), (0.05, 0.25)),
+)
+def test_workers_whose_number_is_not_fixed_leave_ray_data_something_in_every_pod(pieces, least, cpus, gpus, shared):
+    """They take all the room of a pod, which has whole CPUs."""
+    node = Node(cpus=8, gpus=4)
+    pods = pods_for(Need("x", pieces, cpus, gpus, shared, least=least), node)
+    worker = Piece("worker", "", cpus, gpus, least, pieces)
+
+    def starves(size: int) -> bool:
+        return bool(starving_problems("x", worker, shared, [{"CPU": size, "GPU": pods.gpus}]))
+
+    assert not starves(pods.cpus) or all(map(starves, range(pods.cpus, node.cpus + 1))), "no pod would do"
+    fit = min(int(pods.cpus / cpus + 1e-9), int(pods.gpus / gpus + 1e-9) if gpus else pieces)
+    assert pods.least <= pods.most
+    assert pods.most * fit >= pieces
+    assert pods.least * fit >= least
+
+
+def test_a_job_whose_workers_may_be_fewer_has_room_for_all_and_waits_for_the_fewest():
+    settings = ("pretrain.workers=4", "pretrain.min_workers=1", "pretrain.global_batch=8", "pretrain.micro_batch=2")
+    order = order_of("micro", settings, cpus=1)
+    documents = manifests.render(order)
+    (group,) = cluster_of(by_component(documents)["pretrain"])["workerGroupSpecs"]
+    assert (group["replicas"], group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]) == (4, "1")
+    (group,) = cluster_of(by_component(documents)["journey"])["workerGroupSpecs"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (1, 4)
 
 
 def test_sizes_by_hand():
@@ -210,10 +245,50 @@ def refused(order, *overlays) -> str:
         ((), "/runs", {"cpus": 0}, "holds no Ray worker"),
         ((), "/runs", {"gpus": -1}, "holds no Ray worker"),
         ((), "/runs", {"memory_per_cpu": 1}, "2 GiB at least"),
+        ((*ELASTIC, "pretrain.cpus_per_worker=1"), "/runs", {"cpus": 2}, "leave Ray Data 0"),
+        (("cluster.address=ray://head:10001",), "/runs", {}, "cluster.address is 'ray://head:10001'"),
     ],
 )
 def test_what_can_not_run_is_refused(settings, root, node, said):
     assert said in refused(order_of("tiny", settings, root, **node))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (("ingest.folder={here}", "ingest.folder_licence=unknown"), "ingest.folder is '{here}'"),
+        (("ingest.folder=texts", "ingest.folder_licence=unknown"), "ingest.folder is 'texts'"),
+        (("ingest.folder=~/texts", "ingest.folder_licence=unknown"), "ingest.folder is '~/texts'"),
+        (("ingest.folder=/runs/../etc", "ingest.folder_licence=unknown"), "ingest.folder is '/runs/../etc'"),
+        (("sft.sources=[{{name: mine, path: {here}}}]",), "the path of 'mine' in sft.sources is '{here}'"),
+        (("rank.preferences=[{{name: mine, path: {here}}}]",), "the path of 'mine' in rank.preferences is '{here}'"),
+        (("ingest.sources=[{{name: mine, path: 'stdlib:', block_list: {here}}}]",), "the block_list of ingest's"),
+        (("tokenizer.from_folder={here}",), "tokenizer.from_folder is '{here}'"),
+    ],
+)
+def test_what_lies_on_this_machine_alone_is_refused_by_name(tmp_path, monkeypatch, settings, named):
+    monkeypatch.setattr("llm.adoption.adopted_size", lambda folder: 600)
+    monkeypatch.setattr("pipelines.schema.adopted_size", lambda folder: 600)
+    order = order_of("tiny", tuple(one.format(here=tmp_path) for one in settings))
+    assert f"{named.format(here=tmp_path)}" in refused(order)
+
+
+def test_what_lies_with_the_runs_or_in_object_storage_is_seen():
+    for path, root in (
+        ("/runs/texts", "/runs"),
+        ("s3://bucket/texts", "/runs"),
+        ("s3://bucket/texts", "s3://bucket/runs"),
+    ):
+        order = dataclasses.replace(order_of("tiny", root=root), paths=deployed(path))
+        assert manifests.render(order)
+    order = dataclasses.replace(order_of("tiny", root="s3://bucket/runs"), paths=deployed("/runs/texts"))
+    assert "ingest.folder is '/runs/texts', which no pod sees" in refused(order)
+
+
+def deployed(path: str) -> tuple[tuple[str, str], ...]:
+    """The paths of an order for a recipe with that folder."""
+    recipe = load_recipe("tiny", (f"ingest.folder={path}", "ingest.folder_licence=unknown"))
+    return tuple((name, one) for name, one in deploy.paths(recipe) if one and not deploy.ELSEWHERE.match(one))
 
 
 def test_an_installation_without_the_folder_says_so(monkeypatch, tmp_path):
