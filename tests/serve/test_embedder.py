@@ -3,8 +3,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from llm.embedding import embed
 
+from llm.embedding import embed
 from llm.sampling import SamplingParams
 from serve.backend import Overloaded, Unavailable
 from serve.embedder import Embedder
