@@ -64,15 +64,18 @@ def _source(kind: str, text: str) -> str:
         return LLMatcher.grammar_from_regex(text)
     if kind == "lark":
         return LLMatcher.grammar_from_lark(text)
-    schema = '{"type": "object"}' if kind == "json_object" else text
-    if kind == "json_schema":
-        _check_schema(text)
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    schema = '{"type": "object"}' if kind == "json_object" else _checked_schema(text)
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    except ValueError as error:
+        raise GrammarError(f"the JSON schema can't be used: {error}") from error
 
 
-def _check_schema(text: str) -> None:
+def _checked_schema(text: str) -> str:
+    """The schema as it was checked: of a key that comes twice, the text itself holds what nobody looked at."""
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
+        checked = json.dumps(schema, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the JSON schema is not JSON: {error}") from error
     if not isinstance(schema, dict):
@@ -81,6 +84,7 @@ def _check_schema(text: str) -> None:
         raise GrammarError("x-guidance is not a keyword of JSON schemas: leave it out")
     if _depth(schema) > MAX_DEPTH:
         raise GrammarError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
+    return checked
 
 
 def _refuse_constant(name: str) -> None:
@@ -165,8 +169,8 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 def _verdict(tokenizer: LLTokenizer, kind: str, text: str) -> str:
     try:
         tried(tokenizer, kind, text)
-    except ValueError as error:
-        return str(error) or "it failed without a message"
+    except GrammarError as error:
+        return str(error)
     return ""
 
 
