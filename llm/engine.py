@@ -228,12 +228,15 @@ class Engine:
                 weights(self.model) if callable(weights) else self.model.load_state_dict(weights, strict=False)
         finally:
             self.drop_prefixes()
-            for request in self._scheduler:
-                request.computed = 0
 
     def drop_prefixes(self) -> None:
-        """Forget the beginnings that are kept: what changes the weights behind the engine's back has to call this."""
+        """Forget all that was read with the weights of before, which requests on their way read again.
+
+        Whoever changes the weights behind the engine's back, as an optimizer does, has to call this.
+        """
         self._prefixes.drop()
+        for request in self._scheduler:
+            request.computed = 0
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Token]:
         """The tokens of one request on an otherwise idle engine, as they come. Closing the iterator cancels it."""
