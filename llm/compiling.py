@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -50,8 +51,10 @@ def compiled(tokenizer: LLTokenizer, kind: str, text: str) -> LLMatcher:
     """A matcher at the beginning of a grammar; GrammarError says what is wrong with it."""
     matcher = LLMatcher(tokenizer, _source(kind, text), log_level=0, limits=LLParserLimits(**LIMITS))
     _raise_error(matcher, kind)
-    matcher.compute_bitmask()  # what matches nothing at all is seen here
+    allowed = int.from_bytes(matcher.compute_bitmask(), "little")
     _raise_error(matcher, kind)
+    if not allowed & ~_bits(tokenizer.eos_tokens):
+        raise GrammarError(f"the {kind} can't be used: only the empty text matches it")
     return matcher
 
 
@@ -59,15 +62,18 @@ def _source(kind: str, text: str) -> str:
     """The grammar in llguidance's own form."""
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
-    schema = '{"type": "object"}' if kind == "json_object" else text
-    if kind == "json_schema":
-        _check_schema(text)
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    schema = '{"type": "object"}' if kind == "json_object" else _checked_schema(text)
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+    except ValueError as error:
+        raise GrammarError(f"the JSON schema can't be used: {error}") from error
 
 
-def _check_schema(text: str) -> None:
+def _checked_schema(text: str) -> str:
+    """The schema as it was checked: of a key that comes twice, the text itself holds what nobody looked at."""
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
+        checked = json.dumps(schema, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the JSON schema is not JSON: {error}") from error
     if not isinstance(schema, dict):
@@ -76,6 +82,7 @@ def _check_schema(text: str) -> None:
         raise GrammarError("x-guidance is not a keyword of JSON schemas: leave it out")
     if _depth(schema) > MAX_DEPTH:
         raise GrammarError(f"the JSON schema is nested more than {MAX_DEPTH} deep")
+    return checked
 
 
 def _refuse_constant(name: str) -> None:
@@ -98,11 +105,14 @@ def _raise_error(matcher: LLMatcher, kind: str) -> None:
 
 
 def brief(matcher: LLMatcher) -> str:
-    """What a matcher says went wrong, without the state that it adds."""
-    said = matcher.get_error().partition("<non-verbose/>")[0].partition("<state>")[0].strip()
+    """What a matcher says went wrong, in one line, without the grammar and the state that it adds."""
+    said = re.split(r"<non-verbose/>|<state>|\n +1 \| ", matcher.get_error())[0].strip()
     if said.startswith("NoExtension"):
         return "no text matches it"
-    return said[:MAX_ERROR_CHARACTERS] or "it failed without a message"
+    if said.startswith("oneOf"):
+        return "oneOf is not supported: use anyOf"
+    # Of a regex that can't be parsed the last line says why; those before it draw it.
+    return " ".join(said.rpartition("\nerror: ")[2].split())[:MAX_ERROR_CHARACTERS] or "it failed without a message"
 
 
 def tried(tokenizer: LLTokenizer, kind: str, text: str) -> None:
@@ -112,7 +122,6 @@ def tried(tokenizer: LLTokenizer, kind: str, text: str) -> None:
     took = time.process_time() - started
     if took > COMPILE_CPU_S:
         raise GrammarError(f"the {kind} takes {took:.1f} s to compile, more than {COMPILE_CPU_S}: make it simpler")
-    endings = sum(1 << token for token in tokenizer.eos_tokens)
     for step in range(WALK_STEPS):
         started = time.process_time()
         allowed = int.from_bytes(matcher.compute_bitmask(), "little")
@@ -121,11 +130,15 @@ def tried(tokenizer: LLTokenizer, kind: str, text: str) -> None:
         if took > STEP_CPU_S:
             raise GrammarError(f"the {kind} takes {took:.1f} s for one token, more than {STEP_CPU_S}: make it simpler")
         # A fixed path that wanders through the vocabulary: always the same verdict on the same grammar.
-        onward = allowed & ~endings
+        onward = allowed & ~_bits(tokenizer.eos_tokens)
         if not onward:
             return
         matcher.consume_token(_first_from(onward, step * 2_654_435_761 % tokenizer.vocab_size))
         _raise_error(matcher, kind)
+
+
+def _bits(ids: list[int]) -> int:
+    return sum(1 << token for token in ids)
 
 
 def _first_from(ids: int, start: int) -> int:
@@ -154,8 +167,8 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 def _verdict(tokenizer: LLTokenizer, kind: str, text: str) -> str:
     try:
         tried(tokenizer, kind, text)
-    except ValueError as error:
-        return str(error) or "it failed without a message"
+    except GrammarError as error:
+        return str(error)
     return ""
 
 

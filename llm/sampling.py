@@ -306,7 +306,7 @@ def adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     matched = [row for row, sampler in enumerate(samplers) if sampler.matcher is not None]
     if not (penalised or biased or held or matched):
         return logits
-    logits = logits.float().clone()
+    logits = logits.to(torch.float32, copy=True)
     if penalised:
         _penalise(logits, samplers, penalised)
     if biased:

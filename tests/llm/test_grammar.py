@@ -55,6 +55,13 @@ def grammars_of(name: str) -> tuple[PreTrainedTokenizerFast, Grammars, frozenset
     return tokenizer, Grammars(tokenizer, len(tokenizer) + SPARE, end_ids), end_ids
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """However busy the machine is, the processes that try grammars come to their end."""
+    monkeypatch.setattr(grammar_module, "TRY_S", 900)
+    monkeypatch.setattr(grammar_module, "START_S", 900)
+
+
 @pytest.fixture(scope="module")
 def grammars():
     made = Grammars(tiny_tokenizer(), len(tiny_tokenizer()) + SPARE, [0, 7])
@@ -62,10 +69,11 @@ def grammars():
     made.close()
 
 
-def allowed(matcher: Matcher, vocab_size: int) -> set[int]:
+def allowed(matcher: Matcher, vocab_size: int) -> np.ndarray:
+    """Which of the ids may come next: bool (vocab_size,)."""
     words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
     assert matcher.mask(words) is None
-    return {*np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()}
+    return np.unpackbits(words.view(np.uint8), bitorder="little")[:vocab_size].astype(bool)
 
 
 def schema_grammar(schema: dict) -> Grammar:
@@ -80,19 +88,20 @@ def random_answer(name: str, grammar: Grammar, seed: int, length: int = 400) -> 
     params = SamplingParams(grammar=grammar, seed=seed, max_new_tokens=length)
     sampler = Sampler(params, [5], vocab_size=vocab_size, end_ids=end_ids, matcher=matcher)
     noise = torch.Generator().manual_seed(seed)
-    special = {*tokenizer.all_special_ids}
+    ends = np.isin(np.arange(vocab_size), sorted(end_ids))
+    never = np.isin(
+        np.arange(vocab_size), [*{*tokenizer.all_special_ids} - end_ids, *range(len(tokenizer), vocab_size)]
+    )
     ids: list[int] = []
     while len(ids) < length:
         possible = allowed(matcher, vocab_size)
-        assert possible
-        assert bool(possible & end_ids) == matcher.is_accepting
-        assert not possible & (special - end_ids)
-        assert max(possible) < len(tokenizer)
-        assert sampler.finished == (possible <= end_ids)
-        logits = 2 * torch.randn(1, vocab_size, generator=noise)
-        token = int(choose(logits, [sampler])[0])
+        assert possible.any()
+        assert possible[ends].any() == matcher.is_accepting
+        assert not possible[never].any()
+        assert sampler.finished == (not possible[~ends].any())
+        token = int(choose(2 * torch.randn(1, vocab_size, generator=noise), [sampler])[0])
         assert sampler.error is None
-        assert token in possible
+        assert possible[token]
         if token in end_ids:
             return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         sampler.accept(token)
@@ -136,13 +145,13 @@ TREE = {
     ],
 )
 def test_answers_under_a_schema_are_valid(name, schema):
-    for seed in range(2):
+    for seed in range(3):
         jsonschema.validate(json.loads(random_answer(name, schema_grammar(schema), seed)), schema)
 
 
 def test_any_json_object_is_an_object():
-    for seed in range(3):
-        assert isinstance(json.loads(random_answer("own", Grammar("json_object"), seed, length=4000)), dict)
+    text = random_answer("own", Grammar("json_object"), seed=0, length=4000)
+    assert isinstance(json.loads(text), dict)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -154,7 +163,6 @@ def test_any_json_object_is_an_object():
         r"\d{4}-\d{2}-\d{2}",
         r"a/b\\\"c\nd",
         r"[^\W\d]{1,3}\s?é+!",
-        r"()",
         r"(?i)true",
         r"日本語?",
     ],
@@ -197,10 +205,13 @@ def test_a_grammar_ends_an_answer_before_its_least_length(grammars):
         (Grammar("regex", r"(a)\1"), "backreferences are not supported"),
         (Grammar("regex", "a{5,2}"), "invalid repetition count range"),
         (Grammar("regex", r"[^\s\S]"), "no text matches it"),
-        (Grammar("regex", "(" * 2000 + "a" + ")" * 2000), "nest"),
-        (Grammar("regex", "a?" * 4000), "too many expressions|too much time|to compile"),
+        (Grammar("regex", "(" * 2000 + "a" + ")" * 2000), "number of nested parentheses"),
+        (Grammar("regex", "a?" * 4000), "too many expressions"),
+        (Grammar("regex", "()"), "only the empty text matches it"),
         (Grammar("json_schema", "{"), "not JSON"),
         (Grammar("json_schema", '{"minimum": NaN}'), "NaN is not a JSON number"),
+        (Grammar("json_schema", '{"minimum": 1e999}'), "not JSON"),
+        (Grammar("json_schema", '{"const": "\\ud800"}'), "hex escape"),
         (Grammar("json_schema", "[" * 30_000), "not JSON"),
         (Grammar("json_schema", "[]"), r"must be an object, got \[\]"),
         (Grammar("json_schema", "true"), "must be an object, got true"),
@@ -208,6 +219,7 @@ def test_a_grammar_ends_an_answer_before_its_least_length(grammars):
         (Grammar("json_schema", '{"items": ' * 70 + "{}" + "}" * 70), "more than 64 deep"),
         (Grammar("json_schema", '{"uniqueItems": true, "type": "array"}'), "uniqueItems"),
         (Grammar("json_schema", '{"x-guidance": {"lenient": true}}'), "x-guidance"),
+        (Grammar("json_schema", '{"oneOf": [{}, {}]}'), "oneOf is not supported: use anyOf"),
         (Grammar("json_schema", '{"enum": []}'), "Unsatisfiable"),
         (Grammar("json_schema", '{"$ref": "#"}'), "no text matches it"),
         (Grammar("json_schema", '{"$ref": "#/$defs/gone"}'), "does not exist"),
@@ -248,7 +260,8 @@ def test_a_grammar_travels_and_can_be_a_key():
 
 
 def test_a_grammar_that_eats_time_is_refused_and_harms_no_other(grammars):
-    greedy = schema_grammar({"type": "string", "pattern": "a?" * 30_000})
+    # The last but n-th letter is an "a", for many n at once: an automaton of 2^20 states and more.
+    greedy = schema_grammar({"allOf": [{"type": "string", "pattern": f"(.*a.{{{n}}})"} for n in range(10, 30)]})
     with pytest.raises(GrammarError, match="too much time to compile"):
         grammars.check(greedy)
     grammars.check(Grammar("regex", "after"))
@@ -265,7 +278,7 @@ def test_a_process_that_dies_or_hangs_is_replaced(monkeypatch):
     with pytest.raises(GrammarError, match="could not be tried within"):
         made.check(Grammar("regex", "third"))
     assert process.returncode == -signal.SIGKILL
-    monkeypatch.undo()
+    monkeypatch.setattr(grammar_module, "TRY_S", 900)
     made.check(Grammar("regex", "third"))  # that it hung was not this grammar's fault, nor remembered as such
     process = made._trial._process
     del made
@@ -274,13 +287,13 @@ def test_a_process_that_dies_or_hangs_is_replaced(monkeypatch):
 
 def test_a_stream_of_grammars_leaves_memory_bounded(monkeypatch):
     monkeypatch.setattr(grammar_module, "MAX_VERDICTS", 20)
-    monkeypatch.setattr(grammar_module, "TRIES_PER_PROCESS", 60)
+    monkeypatch.setattr(grammar_module, "TRIES_PER_PROCESS", 40)
     made = Grammars(tiny_tokenizer(), 320, [0])
     processes = set()
-    for number in range(150):
+    for number in range(100):
         made.matcher(schema_grammar({"type": "object", "properties": {f"p{number}": PERSON}}))
         processes.add(made._trial._process.pid)
-        if number == 30:
+        if number == 20:
             early = resident()
     assert len(processes) == 3
     assert resident() - early < 32 * 1024**2
@@ -323,7 +336,7 @@ def test_threads_may_ask_at_once(grammars):
         try:
             for one in range(6):
                 matcher = grammars.matcher(Grammar("regex", f"(x|y){{{one % 3 + 1}}}{number % 2}"))
-                assert allowed(matcher, 327)
+                assert allowed(matcher, 327).any()
         except BaseException as error:
             problems.append(error)
 
