@@ -124,9 +124,9 @@ def check_traffic(seed: int, requests: int) -> None:
     assert traffic.engine.queued_tokens == traffic.engine.running == traffic.engine.waiting == 0
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_traffic(seed):
-    check_traffic(seed, 25)
+    check_traffic(seed, 20)
 
 
 @pytest.mark.soak
