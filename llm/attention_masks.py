@@ -38,7 +38,9 @@ class AttentionMasks:
 
     def _hidden(self, kind: str, keys: Tensor, queries: Tensor) -> Tensor:
         future = keys > queries
-        return future if kind == FULL else future | (keys <= queries - self.window)
+        if kind == FULL or self.window is None:
+            return future
+        return future | (keys <= queries - self.window)
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

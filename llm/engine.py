@@ -1,9 +1,9 @@
 """The generation engine: continuous batching over any Hugging Face causal language model.
 
 Requests join and leave the running batch at token granularity, as the cache of keys and values has room for them
-(`llm.scheduling`, `llm.kv_cache`); prompts are prefilled in chunks between decode steps, so a long prompt delays nobody
-by more than one chunk, and what several have in common at their beginning is read once (`llm.prefixes`). One owner
-drives an engine: it is not thread-safe.
+(`llm.scheduling`, `llm.kv_cache`); prompts are prefilled in chunks between decode steps, so a long prompt delays
+nobody by more than one chunk, and what several have in common at their beginning is read once (`llm.prefixes`). One
+owner drives an engine: it is not thread-safe.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is None:
             return False
-        if request.row is None:
+        if request.row < 0:
             self._scheduler.waiting.remove(request)
         else:
             self._scheduler.release(request)
@@ -228,12 +228,15 @@ class Engine:
                 weights(self.model) if callable(weights) else self.model.load_state_dict(weights, strict=False)
         finally:
             self.drop_prefixes()
-            for request in self._scheduler:
-                request.computed = 0
 
     def drop_prefixes(self) -> None:
-        """Forget the beginnings that are kept: what changes the weights behind the engine's back has to call this."""
+        """Forget all that was read with the weights of before, which requests on their way read again.
+
+        Whoever changes the weights behind the engine's back, as an optimizer does, has to call this.
+        """
         self._prefixes.drop()
+        for request in self._scheduler:
+            request.computed = 0
 
     def stream(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Token]:
         """The tokens of one request on an otherwise idle engine, as they come. Closing the iterator cancels it."""
@@ -454,7 +457,7 @@ class Engine:
 
 
 def usable_context(model: PreTrainedModel, wanted: int | None) -> int:
-    """Positions of one request; ValueError if the model can't be told its positions, or `wanted` is more than it has."""
+    """Positions of one request; ValueError if the model can't be told its positions, or has fewer than `wanted`."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if "position_ids" not in inspect.signature(model.forward).parameters or longest is None:
         raise ValueError(f"{type(model).__name__} takes no position ids or names no context: the engine can't run it")
@@ -479,13 +482,11 @@ def _check_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Non
     wrong = [name for name in weights if name not in own or own[name].shape != weights[name].shape]
     wrong += [name for name, weight in own.items() if name not in weights and weight.data_ptr() not in given]
     if wrong:
-        raise ValueError(
-            f"the weights aren't this model's: {len(wrong)} differ in name or shape, {wrong[0]} among them"
-        )
+        raise ValueError(f"not this model's weights: {len(wrong)} differ in name or shape, {wrong[0]} among them")
 
 
 def _likeliest(logits: Tensor, totals: Tensor, params: list[SamplingParams]) -> list[list[tuple[int, float]]]:
-    """As many (id, log-probability) pairs as each request asks for; `totals` (n,) are the logsumexps of logits (n, V)."""
+    """As many (id, log-probability) pairs as each request asks for, from logits (n, V) and their logsumexps (n,)."""
     most = min(max(p.top_logprobs for p in params), logits.shape[-1])
     if most == 0:
         return [[] for _ in params]

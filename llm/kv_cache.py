@@ -29,7 +29,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Places:
-    """Blocks inside rows: `row[i]`'s i-th block of positions is number `index[i]` of the row, and `block[i]` pooled."""
+    """Blocks in rows and in the pool: number `index[i]` of row `row[i]` is `block[i]` there; each (m,)."""
 
     row: Tensor
     index: Tensor
@@ -169,18 +169,20 @@ class SlotCache(Cache):
     @torch.inference_mode()
     def keep(self, places: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks out of rows into the pool: (row, number of the block in it, place in the pool) each."""
-        for buffer in self.buffers if (found := self._places(places)) else ():
-            buffer.keep(found)
+        if places:
+            found = self._places(places)
+            for buffer in self.buffers:
+                buffer.keep(found)
 
     @torch.inference_mode()
     def restore(self, places: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks of the pool into rows, named as in `keep`."""
-        for buffer in self.buffers if (found := self._places(places)) else ():
-            buffer.restore(found)
+        if places:
+            found = self._places(places)
+            for buffer in self.buffers:
+                buffer.restore(found)
 
-    def _places(self, places: Sequence[tuple[int, int, int]]) -> Places | None:
-        if not places:
-            return None
+    def _places(self, places: Sequence[tuple[int, int, int]]) -> Places:
         return Places(*torch.tensor(places, device=self.device).unbind(1))
 
 

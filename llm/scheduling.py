@@ -23,7 +23,7 @@ class Request:
     sampler: Sampler
     text: TextStream
     chain: Chain
-    row: int | None = None  # of the cache, while it runs
+    row: int = -1  # of the cache, while it runs
     computed: int = 0  # positions whose keys and values are in the cache
     new_ids: list[int] = field(default_factory=list)
 
@@ -90,19 +90,14 @@ class Scheduler:
         return self.running > before
 
     def _place(self, request: Request) -> None:
-        if None in self.rows:
-            request.row = self.rows.index(None)
-            self.rows[request.row] = request
-        else:
-            request.row = len(self.rows)
-            self.rows.append(request)
+        request.row = self.rows.index(None) if None in self.rows else len(self.rows)
+        self.rows[request.row : request.row + 1] = [request]
         self.running += 1
 
     def release(self, request: Request) -> None:
         """Free the row of a running request."""
-        assert request.row is not None
         self.rows[request.row] = None
-        request.row = None
+        request.row = -1
         self.running -= 1
 
     def close_gaps(self) -> list[tuple[int, int, int]]:
@@ -117,7 +112,7 @@ class Scheduler:
             if gap >= len(self.rows):
                 break
             last = self.rows.pop()
-            assert last is not None and last.row is not None
+            assert last is not None  # the loop above saw to it
             moves.append((last.row, gap, last.computed))
             self.rows[gap], last.row = last, gap
         return moves

@@ -157,6 +157,7 @@ class Rollouts:
                         max_new_tokens=self.settings.max_new_tokens, seed=sampling_seed(self.seed, step, row, number)
                     )
                 )
+        self.engine.drop_prefixes()  # the optimizer has changed the weights since
         return self.engine.generate(prompts, params)
 
     def _padded(self, answers: list[Completion]) -> tuple[torch.Tensor, torch.Tensor]:

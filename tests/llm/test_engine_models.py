@@ -10,7 +10,6 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
-    PhiConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -36,8 +35,6 @@ CONFIGS = {
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, tie_word_embeddings=False
     ),
-    "phi": PhiConfig(**SHAPE),
-    "qwen2": Qwen2Config(**SHAPE),
     "qwen2-sliding": Qwen2Config(**SHAPE, **MIXED, use_sliding_window=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=8),
     "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
@@ -46,7 +43,7 @@ CONFIGS = {
 }
 # Shorter than the window, at its edge, and several windows long; answers leave the window too.
 LENGTHS = [3, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5]
-GREEDY = SamplingParams(max_new_tokens=24, temperature=0, top_logprobs=3)
+GREEDY = SamplingParams(max_new_tokens=16, temperature=0, top_logprobs=3)
 
 
 def build(name: str):
@@ -69,7 +66,7 @@ def generated(model, prompt: list[int], engine: Engine) -> list[int]:
     ids = torch.tensor([prompt])
     ends = sorted(engine.end_ids)
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=ends, pad_token_id=0
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=ends, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()
 

@@ -138,6 +138,22 @@ class TestWeights:
         torch.testing.assert_close(given[6:], expected[6:], atol=1e-4, rtol=0)
         assert (given[:5] - expected[:5]).abs().max() > 1e-2
 
+    def test_what_runs_while_weights_change_leaves_nothing_of_the_old_ones(self, engine, tokenizer):
+        prompt = ids(60, 10)
+        engine.add(prompt, GREEDY)
+        for _ in range(4):
+            engine.step()
+        with torch.no_grad():
+            for weight in engine.model.parameters():
+                weight.mul_(0.7)
+        engine.drop_prefixes()
+        while engine.has_work:
+            engine.step()
+        answer = engine.generate([prompt], GREEDY)[0]
+        assert engine.prefix_hit_tokens == 3 * BLOCK
+        expected = forward_logprobs(engine.model, prompt, answer.ids)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
+
     def test_weights_of_another_model_are_refused_unread(self, engine):
         before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
         wrong = {name: torch.zeros_like(weight) for name, weight in before.items()}

@@ -149,13 +149,13 @@ class TestPrefixes:
         prefixes.keep([(0, chains[1])])
         assert prefixes.held(chains[1]) == 4
 
-    @pytest.mark.parametrize("seed", range(4))
+    @pytest.mark.parametrize("seed", range(2))
     def test_random_use_gives_every_row_its_own_text(self, seed):
         """Every position's state is a number made of all ids up to it: a block of another text would show."""
         rng = random.Random(seed)
         cache = cache_of(4, 6 * BLOCK, limit=40 * BLOCK)
         prefixes = Prefixes(cache, 10)
-        for _ in range(200):
+        for _ in range(100):
             row = rng.randrange(4)
             text = [rng.randrange(2)] * BLOCK * rng.randint(0, 4) + [
                 rng.randrange(3) for _ in range(rng.randint(1, 30))

@@ -1,6 +1,7 @@
 """Rollouts and the policy's objective on a small model, without Ray and DeepSpeed."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_a_step_makes_good_answers_likelier(rollouts, prompts):
     loss.backward()
     optimizer.step()
     assert policy_objective(rollouts.policy, batch, clip=0.2, kl_weight=0.0).item() < loss.item()
+
+
+def test_answers_are_of_the_present_weights(rollouts, prompts):
+    prompt = np.tile(prompts.arrays["input_ids"][1, :8], 4)  # long enough that the engine keeps its beginning
+    batch = replace(prompts, arrays={"input_ids": np.stack([prompt] * ROWS)})
+    rollouts(batch, step=0)
+    assert rollouts.engine.prefix_hit_tokens > 0
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in rollouts.policy.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    rollouts.checked = False
+    rollouts(batch, step=1)  # raises where the engine's log-probabilities aren't the policy's
 
 
 def test_samples_of_another_model_are_refused(rollouts, prompts):
