@@ -21,7 +21,7 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-NAMES = {
+NAMES: dict[tuple[tuple[Any, ...], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
     (("Split", PARTS), ("ByteLevel", False)): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
@@ -107,7 +107,8 @@ def _numerals() -> Iterable[str]:
 
 def _suspects(numerals: Iterable[str], merges: Iterable[tuple[str, ...]], space: str) -> set[tuple[str, str]]:
     """Pairs of spelt numerals, the first maybe with a space before it, that some merge could join."""
-    ending, beginning = defaultdict(set), defaultdict(set)
+    ending: dict[str, set[str]] = defaultdict(set)
+    beginning: dict[str, set[str]] = defaultdict(set)
     for one in numerals:
         for cut in range(len(one)):
             ending[one[cut:]] |= {one, space + one}
