@@ -22,12 +22,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 WITHOUT = """
 import sys, runpy
 from importlib.machinery import PathFinder
-hidden = set(sys.argv.pop(1).split(","))
+hidden = set(sys.argv.pop(1).split(",")) - set(sys.modules)  # which the environment loads at every start
 
-class Installed:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        return None if name.split(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
 
 sys.meta_path = [Installed if finder is PathFinder else finder for finder in sys.meta_path]
 try:
