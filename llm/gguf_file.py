@@ -199,7 +199,7 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_type={kind} isn't carried into GGUF: only default and linear are")
     if rest.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
         raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} isn't carried into GGUF: only 1 is")
-    told = {"rope.freq_base": float(rope["rope_theta"])}
+    told: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":
         told |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     return told
