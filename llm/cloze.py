@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from llm.masking import Kind
 from llm.packing import IGNORED
+from llm.presets import OBJECTIVE
 
-OBJECTIVE = "pretraining_objective"  # in config.json: masked or mixed; nothing for next-token prediction
 PIECE = 8  # tokens of the pieces with which attention is tried
 ROUNDING = 1e-4  # of the logits' standard deviation: less is no attention
 

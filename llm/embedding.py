@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llm.cloze import OBJECTIVE
 from llm.loading import load_any
+from llm.presets import OBJECTIVE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

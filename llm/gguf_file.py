@@ -199,7 +199,7 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_type={kind} isn't carried into GGUF: only default and linear are")
     if rest.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
         raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} isn't carried into GGUF: only 1 is")
-    told = {"rope.freq_base": float(rope["rope_theta"])}
+    told: dict[str, Any] = {"rope.freq_base": float(rope["rope_theta"])}
     if kind == "linear":
         told |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     return told
@@ -227,15 +227,15 @@ def _tensors(model: PreTrainedModel, family: Family) -> dict[str, Tensor]:
     """The weights by GGUF's names, as they lie in the file."""
     tied = model.config.tie_word_embeddings
     weights = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    names = {theirs: family.name(theirs) for theirs in weights}
-    if strange := [theirs for theirs, name in names.items() if name is None]:
-        raise ValueError(f"{strange[0]} has no place in a GGUF file of {family.arch}")
+    names = {theirs: name for theirs in weights if (name := family.name(theirs))}
+    if strange := weights.keys() - names.keys():
+        raise ValueError(f"{min(strange)} has no place in a GGUF file of {family.arch}")
     ends = {name for name in family.ends.values() if not (tied and name == "output.weight")}
     layers = model.config.num_hidden_layers
     wanted = ends | {f"blk.{layer}.{name}" for layer in range(layers) for name in family.block.values()}
     if missing := wanted - set(names.values()):
         raise ValueError(f"the model has nothing for {min(missing)}, which a GGUF file of {family.arch} needs")
-    return {names[theirs]: _laid_out(theirs, tensor, model.config, family) for theirs, tensor in weights.items()}
+    return {name: _laid_out(theirs, weights[theirs], model.config, family) for theirs, name in names.items()}
 
 
 def _laid_out(name: str, tensor: Tensor, config: Any, family: Family) -> Tensor:
@@ -376,13 +376,13 @@ def _compare(path: Path, family: Family, fields: dict[str, Any], model: PreTrain
         if not _same(_value(reader, key), value):
             raise ValueError(f"the written file has another {key} than it should")
     found = {tensor.name: tensor for tensor in reader.tensors}
-    weights = {family.name(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    weights = {ours: (name, tensor) for name, tensor in model.state_dict().items() if (ours := family.name(name))}
     for name, tensor in found.items():
         theirs, weight = weights[name]
         if not np.array_equal(_as_saved(tensor, theirs, weight.shape, model.config, family), weight.float().numpy()):
             raise ValueError(f"the written file has another {name} than {theirs}")
-    left_out = weights.keys() - found.keys()
-    if left_out - ({"output.weight"} if model.config.tie_word_embeddings else set()):
+    tied = {"output.weight"} if model.config.tie_word_embeddings else set()
+    if left_out := weights.keys() - found.keys() - tied:
         raise ValueError(f"the written file lacks {min(left_out)}")
 
 

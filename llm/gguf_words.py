@@ -21,7 +21,7 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-NAMES = {
+NAMES: dict[tuple[tuple[Any, ...], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
     (("Split", PARTS), ("ByteLevel", False)): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
@@ -91,7 +91,8 @@ def _joined(model: dict[str, Any]) -> str | None:
 
     letters = byte_letters()
     numerals = {"".join(letters[byte] for byte in one.encode()): one for one in _numerals()}
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    written = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merges = [(left, right) for left, right in written]
     bpe = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges))
     for first, second in _suspects(numerals, merges, letters[ord(" ")]):
         apart = bpe.encode(first).tokens + bpe.encode(second).tokens
@@ -105,9 +106,10 @@ def _numerals() -> Iterable[str]:
     return (one for one in every if unicodedata.category(one).startswith("N"))
 
 
-def _suspects(numerals: Iterable[str], merges: Iterable[tuple[str, ...]], space: str) -> set[tuple[str, str]]:
+def _suspects(numerals: Iterable[str], merges: Iterable[tuple[str, str]], space: str) -> set[tuple[str, str]]:
     """Pairs of spelt numerals, the first maybe with a space before it, that some merge could join."""
-    ending, beginning = defaultdict(set), defaultdict(set)
+    ending: dict[str, set[str]] = defaultdict(set)
+    beginning: dict[str, set[str]] = defaultdict(set)
     for one in numerals:
         for cut in range(len(one)):
             ending[one[cut:]] |= {one, space + one}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from llm.cloze import OBJECTIVE
 from llm.engine import Engine
 from llm.int8 import quantize
+from llm.presets import OBJECTIVE
 from llm.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
 
+# In config.json: what a model learnt beside or instead of the next token, masked or mixed; not there otherwise.
+OBJECTIVE = "pretraining_objective"
+
 
 @dataclass(frozen=True)
 class Preset:
