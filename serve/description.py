@@ -40,7 +40,6 @@ GUARDED = {
 KEYED = {401: "no valid key"}
 NAMING = {404: "there is no such model for this key"}
 READING = {400: "the request isn't what the endpoint takes", 415: "the body isn't declared as JSON"}
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "server-sent events, with stream=true"}}}
 
 
 def _endpoint(body: type[BaseModel], *statuses: dict[int, str], streams: bool = False) -> dict[str, Any]:
@@ -48,7 +47,10 @@ def _endpoint(body: type[BaseModel], *statuses: dict[int, str], streams: bool = 
     described = {
         number: {"model": ErrorBody, "description": text} for each in statuses for number, text in each.items()
     }
-    answered: dict[str, Any] = {"model": body, "description": "the answer", **({"content": EVENTS} if streams else {})}
+    answered: dict[str, Any] = {"model": body, "description": "the answer"}
+    if streams:
+        events = {"type": "string", "description": "server-sent events, with stream=true"}
+        answered["content"] = {"text/event-stream": {"schema": events}}
     return {"response_model": None, "responses": {200: answered, **described}}
 
 
