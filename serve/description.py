@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -65,20 +66,21 @@ TOKENIZE = _endpoint(TokenizeResponse, GUARDED, KEYED, NAMING, READING)
 DETOKENIZE = _endpoint(DetokenizeResponse, GUARDED, KEYED, NAMING, READING)
 
 
-def of(app: FastAPI, models: list[str]) -> dict[str, Any]:
+def of(app: FastAPI, models: Iterable[str]) -> dict[str, Any]:
     """The description of `app`, with the names of `models` where a model is to be named."""
+    names = list(models)
     said = get_openapi(title="Headwater", version="1", routes=app.routes)
     for path in said["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)  # FastAPI's own; ours is 400
             for parameter in operation.get("parameters", []):
-                parameter["schema"]["enum"] = models
+                parameter["schema"]["enum"] = names
     schemas = said["components"]["schemas"]
     for name in [name for name in schemas if name in ("HTTPValidationError", "ValidationError")]:
         del schemas[name]
     for name, schema in schemas.items():
         if name.endswith("Request"):
-            schema["properties"]["model"]["enum"] = models
+            schema["properties"]["model"]["enum"] = names
     said["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     said["security"] = [{"key": []}, {}]
     return said
