@@ -58,11 +58,12 @@ def client(address) -> openai.OpenAI:
 
 @pytest.fixture
 def post(address):
-    """Sends a body, which may be no JSON that a client would make, to a path below the address."""
+    """Sends a body, which may be no JSON that a client would make, to a path below the address or, with /, its root."""
 
     def send(path: str, **body) -> httpx.Response:
         headers = {"Content-Type": "application/json"}
-        return httpx.post(f"{address}/{path}", content=json.dumps(body), headers=headers, timeout=60)
+        url = httpx.URL(f"{address}/").join(path)
+        return httpx.post(url, content=json.dumps(body), headers=headers, timeout=60)
 
     return send
 
@@ -98,6 +99,6 @@ def free_port() -> int:
 
 def wait_until_ready(address: str) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
-    while (answer := httpx.get(f"{address}/readyz")).status_code != 200:
+    while (answer := httpx.get(f"{address}/readyz", timeout=60)).status_code != 200:
         assert time.monotonic() < deadline, f"not ready within {READY_WITHIN_S} s: {answer.text}"
         time.sleep(0.1)
