@@ -58,7 +58,7 @@ def client(address) -> openai.OpenAI:
 
 @pytest.fixture
 def post(address):
-    """Sends a body, which may be no JSON that a client would make, to a path below the address or, with /, its root."""
+    """Sends a body, maybe one that no client would make, to a path below the address (with /: its root)."""
 
     def send(path: str, **body) -> httpx.Response:
         headers = {"Content-Type": "application/json"}
