@@ -130,7 +130,7 @@ def test_bodies_that_are_no_request(http):
     assert plain.status_code == 415
     assert "Content-Type: application/json" in plain.json()["error"]["message"]
     for content, status, words in [
-        (b"{not json", 400, "valid JSON"),
+        (b"{not json}", 400, "valid JSON"),
         (b"[]", 400, "JSON object"),
         (b"", 400, "valid JSON"),
         (b'{"prompt": ' * 5000, 400, ""),

@@ -242,7 +242,7 @@ def test_bad_input_is_refused_by_name(ask, change, status, param, words):
 
 
 def test_bodies_that_are_no_request(address):
-    for content, words in [(b"{not json", "valid JSON"), (b"[]", "JSON object"), (b"", "valid JSON")]:
+    for content, words in [(b"{not json}", "valid JSON"), (b"[]", "JSON object"), (b"", "valid JSON")]:
         headers = {"Content-Type": "application/json"}
         answer = httpx.post(f"{address}/chat/completions", content=content, headers=headers, timeout=60)
         assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True)
