@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,7 +41,6 @@ GUARDED = {
 KEYED = {401: "no valid key"}
 NAMING = {404: "there is no such model for this key"}
 READING = {400: "the request isn't what the endpoint takes", 415: "the body isn't declared as JSON"}
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "server-sent events, with stream=true"}}}
 
 
 def _endpoint(body: type[BaseModel], *statuses: dict[int, str], streams: bool = False) -> dict[str, Any]:
@@ -48,7 +48,10 @@ def _endpoint(body: type[BaseModel], *statuses: dict[int, str], streams: bool = 
     described = {
         number: {"model": ErrorBody, "description": text} for each in statuses for number, text in each.items()
     }
-    answered: dict[str, Any] = {"model": body, "description": "the answer", **({"content": EVENTS} if streams else {})}
+    answered: dict[str, Any] = {"model": body, "description": "the answer"}
+    if streams:
+        events = {"type": "string", "description": "server-sent events, with stream=true"}
+        answered["content"] = {"text/event-stream": {"schema": events}}
     return {"response_model": None, "responses": {200: answered, **described}}
 
 
@@ -63,20 +66,21 @@ TOKENIZE = _endpoint(TokenizeResponse, GUARDED, KEYED, NAMING, READING)
 DETOKENIZE = _endpoint(DetokenizeResponse, GUARDED, KEYED, NAMING, READING)
 
 
-def of(app: FastAPI, models: list[str]) -> dict[str, Any]:
+def of(app: FastAPI, models: Iterable[str]) -> dict[str, Any]:
     """The description of `app`, with the names of `models` where a model is to be named."""
+    names = list(models)
     said = get_openapi(title="Headwater", version="1", routes=app.routes)
     for path in said["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)  # FastAPI's own; ours is 400
             for parameter in operation.get("parameters", []):
-                parameter["schema"]["enum"] = models
+                parameter["schema"]["enum"] = names
     schemas = said["components"]["schemas"]
     for name in [name for name in schemas if name in ("HTTPValidationError", "ValidationError")]:
         del schemas[name]
     for name, schema in schemas.items():
         if name.endswith("Request"):
-            schema["properties"]["model"]["enum"] = models
+            schema["properties"]["model"]["enum"] = names
     said["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     said["security"] = [{"key": []}, {}]
     return said

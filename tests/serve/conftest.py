@@ -62,11 +62,12 @@ def client(address) -> openai.OpenAI:
 
 @pytest.fixture
 def post(address):
-    """Sends a body, which may be no JSON that a client would make, to a path below the address."""
+    """Sends a body, maybe one that no client would make, to a path below the address (with /: its root)."""
 
     def send(path: str, **body) -> httpx.Response:
         headers = {"Content-Type": "application/json"}
-        return httpx.post(f"{address}/{path}", content=json.dumps(body), headers=headers, timeout=60)
+        url = httpx.URL(f"{address}/").join(path)
+        return httpx.post(url, content=json.dumps(body), headers=headers, timeout=60)
 
     return send
 

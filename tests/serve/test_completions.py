@@ -111,25 +111,23 @@ def test_the_client_raises_its_own_errors(complete, client):
         client.get("/nothing", cast_to=httpx.Response)
 
 
-def test_texts_as_ids_and_back(address, post, engine):
-    beside = f"{address.removesuffix('/v1')}"
+def test_texts_as_ids_and_back(post, engine):
     text = "naïve <|end|> café"
     ids = encode_text(engine.tokenizer, text)
-    asked = httpx.post(f"{beside}/tokenize", json={"model": "tiny", "prompt": text, "return_token_strs": True}).json()
+    asked = post("/tokenize", model="tiny", prompt=text, return_token_strs=True).json()
     assert (asked["tokens"], asked["count"], asked["max_model_len"]) == (ids, len(ids), 256)
     assert len(asked["token_strs"]) == len(ids)
-    back = httpx.post(f"{beside}/detokenize", json={"model": "tiny", "tokens": ids}).json()
-    assert back == {"prompt": text}
+    assert post("/detokenize", model="tiny", tokens=ids).json() == {"prompt": text}
     turns = [{"role": "user", "content": text}]
-    rendered = httpx.post(f"{beside}/tokenize", json={"model": "tiny", "messages": turns}).json()["tokens"]
-    assert rendered == [4, *ids, 7, 5]  # user, end, assistant
+    user, end, assistant = engine.tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>"])
+    assert post("/tokenize", model="tiny", messages=turns).json()["tokens"] == [user, *ids, end, assistant]
     for body, param, words in [
         ({"prompt": "a", "messages": turns}, "prompt", "not both"),
         ({"prompt": ""}, "prompt", "empty"),
         ({"messages": []}, "messages", "empty"),
         ({"messages": turns, "chat_template": "x"}, "chat_template", "unsupported"),
     ]:
-        error = httpx.post(f"{beside}/tokenize", json={"model": "tiny", **body}).json()["error"]
+        error = post("/tokenize", model="tiny", **body).json()["error"]
         assert (error["param"], words in error["message"]) == (param, True), error
-    outside = httpx.post(f"{beside}/detokenize", json={"model": "tiny", "tokens": [0, 320]})
+    outside = post("/detokenize", model="tiny", tokens=[0, 320])
     assert (outside.status_code, outside.json()["error"]["param"]) == (400, "tokens")
