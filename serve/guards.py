@@ -16,6 +16,7 @@ import re
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -329,8 +330,9 @@ class Exchange:
             return False
 
     async def _until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        with suppress(Exception):  # a proxy that died raises here: its client is gone as well
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
 
     async def receive(self) -> Message:
         """For the API: the body, which was read already. That the client left it learns by being cancelled."""

@@ -30,7 +30,6 @@ pytestmark = pytest.mark.slow
 
 HANG_S = 120  # a request that takes longer hangs
 CONTEXT = 256
-VOCABULARY = 320
 JSON = {"Content-Type": "application/json"}
 
 
@@ -56,7 +55,7 @@ class Neighbour:
     def check(self) -> None:
         """It has got what it gets alone, and gets it once more."""
         before, deadline = self.answers, time.monotonic() + HANG_S
-        while self.answers < before + 2 and not self.wrong:  # the first of them may have been on its way
+        while self.answers == before and not self.wrong:
             assert time.monotonic() < deadline, "the neighbour gets no answer any more"
             time.sleep(0.01)
         assert self.wrong == []
@@ -69,7 +68,7 @@ class Neighbour:
                 self.wrong.append(answer)
 
     def _ask(self) -> Any:
-        body = {"prompt": "The cat sat", "temperature": 0, "max_tokens": 24, "logprobs": 1}
+        body = {"prompt": "The cat sat", "temperature": 0, "max_tokens": 16, "logprobs": 1}
         answer = self._http.post("/v1/completions", json={"model": "tiny", **body})
         return answer.status_code, answer.json().get("choices")
 
@@ -214,7 +213,7 @@ def test_5_functions_with_malformed_parameters(chat, parameters):
 def test_6_a_stream_of_schemas_each_of_its_own(chat):
     """What is compiled for one request isn't kept for ever."""
     answers, before = [], 0
-    for number in range(48):
+    for number in range(32):
         words = [f"{number} {word}" for word in range(500)]
         answers.append(chat(response_format=schema({"enum": words})).status_code)
         if number == 15:
@@ -272,7 +271,7 @@ def test_9_empty_and_contradictory_grammars(chat, bad):
 @pytest.mark.parametrize(
     "bias",
     [
-        {str(VOCABULARY): 1},
+        {"999999": 1},
         {"2147483647": 1},
         {"18446744073709551616": 1},
         {"-1": 1},
@@ -294,10 +293,13 @@ def test_10_biases_beyond_the_vocabulary(complete, bias):
     assert is_refused(complete(logit_bias=bias))
 
 
-def test_10_ids_beyond_the_vocabulary(complete):
-    for ids in ([VOCABULARY], [-1], [2**31], [2**63], [10**30], [[1], [VOCABULARY]]):
+def test_10_ids_beyond_the_vocabulary(complete, model_folder):
+    beyond = json.loads((model_folder / "config.json").read_text())["vocab_size"]
+    for ids in ([beyond], [-1], [2**31], [2**63], [10**30], [[1], [beyond]]):
         assert is_refused(complete(prompt=ids), param="prompt")
-    assert is_refused(complete(stop_token_ids=[VOCABULARY]), param="stop_token_ids")
+    assert complete(logit_bias={str(beyond - 1): 1}).status_code == 200
+    assert is_refused(complete(logit_bias={str(beyond): 1}), param="logit_bias")
+    assert is_refused(complete(stop_token_ids=[beyond]), param="stop_token_ids")
     assert is_refused(complete(stop_token_ids=[-1]), param="stop_token_ids")
 
 
@@ -394,7 +396,7 @@ BEYOND = {
     "repetition_penalty": [0, -1, math.nan],
     "seed": [2**64, -(2**64), 1.5, "x"],
     "min_tokens": [-1, 10**9],
-    "stop": [[""], "", ["a"] * 1000, [1], "a" * 10**6, {}],
+    "stop": [[""], "", ["a"] * 1000, [1], {}],
     "logprobs": [-1, 10**6, True],
     "stream": ["yes", 1],
     "stream_options": [{"include_usage": True}, {"x": 1}],
