@@ -465,9 +465,8 @@ def test_18_clients_that_leave_in_the_middle_of_a_token(http):
 
 
 def test_nothing_of_all_this_was_our_failure(http):
-    """Last in this file: no answer had a status of 500 or more."""
+    """Last in this file: no answer had a status of 500 or more, but for "not ready" while the model was loaded."""
     found = parsed(http.get("/metrics").text)
-    failures = {
-        name: value for name, value in found.items() if name[0] == "headwater_requests_total" and name[2] >= "5"
-    }
-    assert failures == {}
+    requests = [name for name in found if name[0] == "headwater_requests_total" and name[1] != "/readyz"]
+    assert requests
+    assert [name for name in requests if name[2] >= "5"] == []
