@@ -16,8 +16,8 @@ import re
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -40,7 +40,6 @@ RECHECK_S = 1.0  # how often a running request's key is looked up
 TAME_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 logger = logging.getLogger(__name__)
-request_log = logging.getLogger("headwater.requests")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Guards:
     write_deadline_s: float = 30.0  # until a client has taken a piece of its answer
     max_in_flight: int = 1024
     open_paths: tuple[str, ...] = ("/healthz", "/readyz")  # no key needed: what probes ask can't hold one
-    request_log: str | None = None  # a file; None: the logger headwater.requests alone
+    request_logger: str = "headwater.requests"  # gets a line of JSON for each request, at INFO
     sends_request_id: bool = True  # False behind Ray Serve's proxy, which sends it itself
 
 
@@ -92,8 +91,7 @@ class Guard:
         self.draining = False
         self.in_flight = 0
         self._idle = asyncio.Event()
-        if guards.request_log:
-            _log_to(guards.request_log)
+        self.request_logger = logging.getLogger(guards.request_logger)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -173,19 +171,7 @@ class Exchange:
         seconds = time.monotonic() - self.started
         status = CLIENT_LEFT if self.gone or self.stalled else self.status or 500
         self.guard.metrics.ended(self.path, status, seconds)
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "id": self.id,
-            "method": self.scope["method"] if self.scope["method"] in METHODS else "other",
-            "path": self.path,
-            "status": status,
-            "model": self.model,
-            "key": self.account.key.name if self.account.key else None,
-            "prompt_tokens": self.account.prompt_tokens,
-            "completion_tokens": self.account.completion_tokens,
-            "seconds": round(seconds, 4),
-        }
-        request_log.info("%s", json.dumps(line))
+        self.guard.request_logger.info("%s", _Line(self, status, seconds))
 
     # Before the API
 
@@ -329,8 +315,9 @@ class Exchange:
             return False
 
     async def _until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        with suppress(Exception):  # a proxy that died raises here: its client is gone as well
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
 
     async def receive(self) -> Message:
         """For the API: the body, which was read already. That the client left it learns by being cancelled."""
@@ -376,6 +363,31 @@ class Exchange:
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
+@dataclass(frozen=True)
+class _Line:
+    """What the log has of a request: neither its text nor its key, and no word that it could choose."""
+
+    exchange: Exchange
+    status: int
+    seconds: float
+
+    def __str__(self) -> str:
+        exchange, method = self.exchange, self.exchange.scope["method"]
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "id": exchange.id,
+            "method": method if method in METHODS else "other",
+            "path": exchange.path,
+            "status": self.status,
+            "model": exchange.model,
+            "key": exchange.account.key.name if exchange.account.key else None,
+            "prompt_tokens": exchange.account.prompt_tokens,
+            "completion_tokens": exchange.account.completion_tokens,
+            "seconds": round(self.seconds, 4),
+        }
+        return json.dumps(line)
+
+
 def _unauthorized() -> RequestError:
     return RequestError(
         "no valid key: send Authorization: Bearer KEY",
@@ -418,11 +430,3 @@ def _log_failure(request_id: str, error: BaseException) -> None:
     """Where the API failed, without the error's own words: they may quote a prompt."""
     frames = "".join(traceback.format_list(traceback.extract_tb(error.__traceback__)))
     logger.error("request %s failed with %s at\n%s", request_id, type(error).__name__, frames)
-
-
-def _log_to(path: str) -> None:
-    """Write the log of requests to a file, which may be moved away by whoever rotates it."""
-    if any(getattr(handler, "baseFilename", None) == str(Path(path).absolute()) for handler in request_log.handlers):
-        return
-    request_log.addHandler(WatchedFileHandler(path))
-    request_log.setLevel(logging.INFO)

@@ -137,6 +137,12 @@ def stored(path: Path) -> tuple[Key, ...]:
         raise BadInput(Problem(str(error), "mend it, or move it away and add the keys anew")) from error
 
 
+def check_file(path: Path) -> None:
+    """BadInput if no key of that file lets anybody in: before a service starts that refuses everyone."""
+    if not stored(path):
+        raise BadInput(Problem(f"there are no keys in {path}", f"headwater keys add NAME --keys {path}"))
+
+
 def add(path: Path, name: str, expires: datetime | None = None, limits: Mapping[str, Any] = NO_LIMITS) -> str:
     """A new key with those fields of Limits, whose text is returned and stored nowhere.
 

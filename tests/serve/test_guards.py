@@ -423,9 +423,9 @@ def test_no_more_at_once_than_there_is_room_for(run):
     run(test, max_in_flight=2)
 
 
-def test_the_log_has_a_line_for_each_request_and_no_prompt_and_no_key(run, file, tmp_path):
+def test_the_log_has_a_line_for_each_request_and_no_prompt_and_no_key(run, file, caplog):
     text = keys.add(file, "laptop")
-    log = tmp_path / "requests.jsonl"
+    caplog.set_level(logging.INFO, "test.requests")
 
     async def test(api, app):
         answer = await ask(app, "/v1/reserve", {"model": "tiny", "prompt": SECRET}, key=text, x_request_id="mine-1")
@@ -435,11 +435,8 @@ def test_the_log_has_a_line_for_each_request_and_no_prompt_and_no_key(run, file,
         assert len(forged.headers["x-request-id"]) == 32
         await ask(app, "/v1/echo", {"model": SECRET}, key=text, method="POST")
 
-    try:
-        run(test, keys_file=str(file), request_log=str(log))
-    finally:
-        _forget_handlers()
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    run(test, keys_file=str(file), request_logger="test.requests")
+    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "test.requests"]
     first = {name: lines[0][name] for name in ("id", "method", "path", "status", "model", "key")}
     assert first == {
         "id": "mine-1", "method": "POST", "path": "/v1/reserve", "status": 200, "model": "tiny", "key": "laptop"
@@ -449,16 +446,9 @@ def test_the_log_has_a_line_for_each_request_and_no_prompt_and_no_key(run, file,
         ("unknown", 404, "other"),
         ("/v1/echo", 200, "other"),
     ]
-    assert SECRET not in log.read_text()
-    assert text not in log.read_text()
-    assert "wrong" not in log.read_text()
-
-
-def _forget_handlers() -> None:
-    logger = logging.getLogger("headwater.requests")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+    assert SECRET not in caplog.text
+    assert text not in caplog.text
+    assert "wrong" not in caplog.text
 
 
 def test_tokens_of_a_stream_that_breaks_off_are_charged(run, file):

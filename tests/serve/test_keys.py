@@ -106,6 +106,19 @@ def test_a_missing_file_lets_nobody_in(file):
         store.find(text)
 
 
+def test_a_service_that_would_refuse_everyone_does_not_start(file):
+    for make in (lambda: None, lambda: keys.add(file, "a") and keys.revoke(file, "a")):
+        make()
+        with pytest.raises(BadInput, match=f"(?s)no keys in {file}.*keys add NAME"):
+            keys.check_file(file)
+    file.write_text("{")
+    with pytest.raises(BadInput, match="damaged"):
+        keys.check_file(file)
+    file.unlink()
+    keys.add(file, "a")
+    keys.check_file(file)
+
+
 def test_the_hash_of_a_damaged_entry_is_not_said(file):
     keys.add(file, "a")
     sha256 = keys.stored(file)[0].sha256
