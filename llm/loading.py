@@ -127,6 +127,14 @@ def check_model_folder(folder: Path) -> None:
         )
 
 
+def continues_text(folder: Path) -> bool:
+    """Whether the model in `folder` continues text, or else fills in words; ValueError if it says neither."""
+    if _is_encoder(folder):
+        return False
+    _check_causal(folder)
+    return _objective(folder) != "masked"
+
+
 def check_readable(folder: Path) -> None:
     """ValueError unless `folder` has the configuration of a model and a tokenizer; reads no weights."""
     _read_config(folder)

@@ -202,10 +202,10 @@ def stop() -> None:
 
 
 def _check_model(folder: Path) -> None:
-    from llm.loading import check_model_folder
+    from llm.loading import continues_text
 
     try:
-        check_model_folder(folder)
+        continues_text(folder)
     except ValueError as error:
         raise BadInput(Problem(str(error), "give a run, or a folder with a Hugging Face model")) from error
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
     from llm.engine import Engine, Token
+    from serve.embedder import Embedder
     from serve.replica import Replica
     from serve.vllm import Vllm
 
@@ -46,7 +47,7 @@ class EngineReplica:
     """One replica: an engine, loaded before Ray Serve sends requests. Its process ends when the engine fails."""
 
     async def __init__(self, model_folder: str, options: Options):  # type: ignore[misc]
-        self.replica = _generating(model_folder, options)
+        self.replica = _backend(model_folder, options)
         self._streams = 0
         await self.replica.describe()
         self._end = asyncio.create_task(self._end_with_engine())
@@ -91,14 +92,21 @@ class EngineReplica:
         os._exit(1)
 
 
-def _generating(model_folder: str, options: Options) -> Replica | Vllm:
-    """What generates in this process, or a vLLM server beside it."""
+def _backend(model_folder: str, options: Options) -> Replica | Vllm | Embedder:
+    """What answers in this process, or a vLLM server beside it."""
+    from llm.loading import continues_text
+    from serve.replica import Replica
+
+    folder = mirror.here(Path(model_folder))
+    if not continues_text(folder):
+        from llm.embedding import load_embedder
+        from serve.embedder import Embedder
+
+        return Embedder(lambda: load_embedder(folder), max_requests=options.max_requests)
     if options.engine == "vllm":
         from serve import vllm
 
-        return vllm.started(mirror.here(Path(model_folder)), options)
-    from serve.replica import Replica
-
+        return vllm.started(folder, options)
     return Replica(lambda: load_engine(model_folder, options), max_requests=options.max_requests)
 
 
@@ -109,8 +117,7 @@ def load_engine(model_folder: str, options: Options) -> Engine:
     from llm.loading import load
 
     torch.set_num_threads(max(1, int(options.cpus)))
-    dtype = {} if options.dtype is None else {"dtype": options.dtype}
-    return load(mirror.here(Path(model_folder)), slots=options.slots, **dtype)
+    return load(mirror.here(Path(model_folder)), slots=options.slots, dtype=options.dtype)
 
 
 class Engines:
