@@ -43,7 +43,7 @@ ALONE = {
     "RAY_prestart_worker_first_driver": "0",
 }
 # For Ray Serve's own processes, which take these from the Ray that starts them. A proxy on a busy machine takes longer
-# than three times 5 s to be ready; one that is gone is missed after a second, not ten. serve/proxies.py says what it adds.
+# than three times 5 s to be ready; one that is gone is missed after a second, not ten. One is serve/proxies.py's.
 SERVING = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxies:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",

@@ -237,7 +237,7 @@ def serve(chosen: argparse.Namespace) -> None:
     models = {name: folder, **_further_models(chosen.also, root)}
     settings = _serve_settings(chosen, recipe)
     where = recipe.cluster if recipe else ClusterSettings()
-    with stoppable(), ray_session(where.address, where.object_store_mb) as local:
+    with stoppable(), ray_session(where.address, where.object_store_mb):
         from pipelines.deploy import service_args
         from serve import app
         from serve.options import Options
@@ -247,8 +247,7 @@ def serve(chosen: argparse.Namespace) -> None:
         try:
             _use(address, name, chosen, recipe)
         finally:
-            if not local:
-                app.stop()
+            app.stop()
 
 
 def keys_add(chosen: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster import mirror
 from cluster.errors import BadInput, Problem
@@ -131,6 +132,7 @@ def _lifetime(options: Options) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": options.deadline_s,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": HEALTH_EVERY_S,
+        "logging_config": LoggingConfig(enable_access_log=False),  # the guards write one
     }
 
 

@@ -109,7 +109,8 @@ def load_engine(model_folder: str, options: Options) -> Engine:
     from llm.loading import load
 
     torch.set_num_threads(max(1, int(options.cpus)))
-    return load(mirror.here(Path(model_folder)), slots=options.slots)
+    dtype = {} if options.dtype is None else {"dtype": options.dtype}
+    return load(mirror.here(Path(model_folder)), slots=options.slots, **dtype)
 
 
 class Engines:

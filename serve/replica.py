@@ -19,6 +19,7 @@ from serve.queues import alarm, all_of
 
 MAX_REQUESTS = 512  # running and waiting; beyond it a client is told to come back
 LOOK_BACK_S = 10.0  # for how long a wait for a first token counts as one of late
+FADING = 0.98  # what a step counts for after the next one
 
 
 @dataclass(eq=False)
@@ -26,15 +27,29 @@ class _Pending:
     """A request in the engine, and where its tokens go."""
 
     queue: asyncio.Queue[Token | Exception]
-    tokens: int  # prompt tokens still to read and answer tokens at most still to write
-    prompt: int  # how many of these are the prompt's
+    prompt: int  # tokens still to read
+    answer: int  # tokens at most still to write
     since: float = field(default_factory=time.monotonic)
     begun: bool = False
 
     def advance(self) -> None:
         """One token more has been written."""
-        self.tokens -= 1 if self.begun else self.prompt + 1
-        self.begun = True
+        self.prompt, self.answer, self.begun = 0, self.answer - 1, True
+
+
+@dataclass
+class _Pace:
+    """How fast answers are written while all slots are taken, of late."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens, self.seconds = FADING * self.tokens + tokens, FADING * self.seconds + seconds
+
+    def seconds_for(self, tokens: int) -> float:
+        """0 as long as nothing is known."""
+        return tokens * self.seconds / self.tokens if self.tokens else 0.0
 
 
 class Replica:
@@ -49,6 +64,7 @@ class Replica:
         # Embeddings are computed beside the tokens, or a long text would stop them.
         self._embedding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedding")
         self._pending: dict[str, _Pending] = {}  # by its id in the engine
+        self._pace = _Pace()
         self._waits: deque[tuple[float, float]] = deque()  # when a first token came, and after how long
         self._work = asyncio.Event()
         self._changed = asyncio.Event()  # loaded, or failed
@@ -108,6 +124,7 @@ class Replica:
         """The same, with all that has come since the caller looked last at once."""
         engine = self.engine
         self._check_room(len(requests))
+        self._check_deadline(requests, deadline_s)
         queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         index_of = {uuid.uuid4().hex: index for index in range(len(requests))}
         self._pending |= {key: _pending(queue, requests[index]) for key, index in index_of.items()}
@@ -151,13 +168,26 @@ class Replica:
             replicas=1,
             running=running,
             waiting=len(pending) - running,
-            queued_tokens=sum(each.tokens for each in pending),
+            queued_tokens=sum(each.prompt + each.answer for each in pending),
             first_token_s=max(waits, default=0.0),
         )
 
     def _check_room(self, count: int) -> None:
         if len(self._pending) + count > self._max_requests:
             raise Overloaded(f"{len(self._pending)} requests are running or waiting, the most is {self._max_requests}")
+
+    def _check_deadline(self, requests: Sequence[Request], deadline_s: float | None) -> None:
+        """Overloaded if the answers would not be there in time: what can't be, need not be begun."""
+        if deadline_s is None or len(self._pending) < self.engine.slots:
+            return
+        own = sum(params.max_new_tokens for _, params in requests)
+        expected = self._pace.seconds_for(own + sum(each.answer for each in self._pending.values()))
+        if expected > deadline_s:
+            raise Overloaded(
+                f"with {len(self._pending)} requests before it the answer could take {expected:.1f} s, more than the "
+                f"{deadline_s:.1f} s that are left for it",
+                retry_after_s=expected - deadline_s,
+            )
 
     async def _drive(self, load: Callable[[], Engine]) -> None:
         """Load the engine, then step it whenever it has work; after a failure everyone who waits is told."""
@@ -167,7 +197,11 @@ class Replica:
             self._changed.set()
             while True:
                 await self._work.wait()
-                self._hand_out(await self._in_thread(engine.step))
+                full, started = len(self._pending) >= engine.slots, time.monotonic()
+                tokens = await self._in_thread(engine.step)
+                if full:
+                    self._pace.add(len(tokens), time.monotonic() - started)
+                self._hand_out(tokens)
                 if not engine.has_work:
                     self._work.clear()  # whoever adds a request sets it afterwards
         except Exception as error:
@@ -194,7 +228,7 @@ class Replica:
 
 def _pending(queue: asyncio.Queue[Token | Exception], request: Request) -> _Pending:
     prompt_ids, params = request
-    return _Pending(queue, len(prompt_ids) + params.max_new_tokens, len(prompt_ids))
+    return _Pending(queue, len(prompt_ids), params.max_new_tokens)
 
 
 def _embed(model: Any, prompt: list[int]) -> list[float]:

@@ -54,6 +54,6 @@ def free_port() -> int:
 
 def wait_until_ready(address: str) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
-    while (answer := httpx.get(f"{address}/readyz")).status_code != 200:
+    while (answer := httpx.get(f"{address}/readyz", timeout=READY_WITHIN_S)).status_code != 200:
         assert time.monotonic() < deadline, f"not ready within {READY_WITHIN_S} s: {answer.text}"
         time.sleep(0.1)

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from llm.engine import Token
+from llm.loading import load
 from llm.sampling import SamplingParams
 from serve.backend import DeadlineExceeded, Load, ModelInfo, Overloaded, Unavailable
-from serve.engines import Engines, _piece
+from serve.engines import EngineReplica, Engines, _piece
 from serve.options import Options
 from serve.proxies import Ended
 
@@ -184,6 +186,58 @@ def test_what_could_not_run_is_refused_before_a_replica_is_asked():
         assert engines.ready
 
     run(check, options=Options(max_requests=1))
+
+
+class Stream:
+    """A streaming call in this process: what it yields is pickled on the way, and cancelling it closes it."""
+
+    def __init__(self, generator):
+        self.generator, self.ended = generator, False
+
+    async def __anext__(self):
+        return pickle.loads(pickle.dumps(await anext(self.generator)))  # noqa: S301
+
+    def cancel(self):
+        self.closing = asyncio.create_task(self.generator.aclose())
+
+
+def test_answers_through_a_replica_are_the_engines_in_fewer_messages(model_folder):
+    params = [SamplingParams(max_new_tokens=20, seed=seed, top_logprobs=2) for seed in range(3)]
+    requests = [([60, 61, 62], each) for each in params]
+    expected = [load(model_folder).generate([[60, 61, 62]], each)[0] for each in params]
+
+    async def main():
+        replica = object.__new__(EngineReplica.func_or_class)
+        await replica.__init__(str(model_folder), Options(slots=4))
+        assert (await replica.describe()).slots == 4
+        sent: list[int] = []
+
+        async def generate(*arguments):
+            async for pieces in replica.generate(*arguments):
+                sent.append(len(pieces))
+                yield pieces
+
+        handle = Handle()
+        handle.remote = lambda *arguments: Stream(generate(*arguments))
+        engines = Engines(handle, Options())
+        engines._looking.cancel()
+        answers = [[] for _ in requests]
+        async for index, token in engines.tokens(requests):
+            answers[index].append(token)
+        for answer, own in zip(answers, expected, strict=True):
+            assert [token.id for token in answer] == own.ids
+            assert "".join(token.text for token in answer) == own.text
+            assert [token.logprob for token in answer] == pytest.approx(own.logprobs, abs=1e-4)
+            assert all(len(token.top) == 2 for token in answer)
+            assert answer[-1].finish_reason == own.finish_reason
+        assert sum(sent) == sum(map(len, answers)) > len(sent), "tokens of one step travel together"
+        tokens = engines.tokens(requests)
+        await anext(tokens)
+        await tokens.aclose()
+        while replica.replica.load().running:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(main())
 
 
 def through_the_proxy(*messages: dict) -> list[dict]:

@@ -165,3 +165,25 @@ def test_what_the_model_is_can_be_asked_while_it_loads():
 def test_errors_keep_what_they_say_between_processes():
     error = pickle.loads(pickle.dumps(Overloaded("come back", 7.0)))  # noqa: S301
     assert (str(error), error.retry_after_s) == ("come back", 7.0)
+
+
+def test_what_could_not_be_in_time_is_turned_away():
+    async def main() -> None:
+        engine = new_engine()
+        engine.end_ids = frozenset()
+        served = await ready_replica(engine)
+        late = served.tokens([(PROMPTS[0], sampled(1, 200))], deadline_s=1e-4)
+        with pytest.raises(DeadlineExceeded):  # nothing else is there: it may try
+            await anext(late)
+        await late.aclose()
+        tokens = served.tokens([(prompt, sampled(1, 200)) for prompt in PROMPTS])
+        for _ in range(20):
+            await anext(tokens)
+        refused = served.tokens([(PROMPTS[0], sampled(1, 200))], deadline_s=1e-4)
+        with pytest.raises(Overloaded, match="3 requests before it") as caught:
+            await anext(refused)
+        assert caught.value.retry_after_s > 0
+        await anext(served.tokens([(PROMPTS[0], sampled(1, 200))], deadline_s=3600))
+        await tokens.aclose()
+
+    asyncio.run(main())

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 import psutil
@@ -19,7 +18,8 @@ import pytest
 
 from cluster.local import SERVING
 from tests.commands import CHECKOUT, wait_until
-from tests.nodes import Cluster, cluster, free_port, kill_all
+from tests.nodes import Cluster, cluster, free_port, kill_all, title
+from tests.serve.conftest import wait_until_ready
 
 CLIENTS = 16
 TRIES = 4  # the first, and three again
@@ -28,14 +28,15 @@ ANSWERS_BETWEEN = 32  # that the service gives between two faults
 READY_WITHIN_S = 600
 OUTCOMES = "a service's fault, how long until all was there again, what clients got meanwhile"
 REPLICA, INGRESS = "ServeReplica:headwater:headwater", "ServeReplica:headwater:ingress"
+PROXY, CONTROLLER = "ProxyActor", "ServeController"
 # Serves a model folder as `headwater serve` does on a cluster, and updates the service when told.
 SERVE = """
 import sys, ray
-from pathlib import Path
 ray.init(address=sys.argv[1], log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": sys.argv[2]}})
 from ray import serve
 from serve import app
 from serve.options import Options
+from pathlib import Path
 folder, port = Path(sys.argv[3]), int(sys.argv[4])
 app.start({"tiny": folder}, port=port, options=Options(replicas=2, ingresses=2, cpus=0.5, slots=4))
 print("serving", flush=True)
@@ -116,22 +117,28 @@ def _stream(http: httpx.Client) -> str:
     return "a stream without an end"
 
 
+def kill_one(name: str, processes: Callable[[], list[psutil.Process]]) -> None:
+    """The oldest process of that name, and wait until there are as many as before."""
+
+    def named() -> list[psutil.Process]:
+        return sorted((one for one in processes() if name in title(one)), key=lambda one: one.pid)
+
+    before = named()
+    assert before, f"no {name} to kill"
+    kill_all(before[:1])
+    wait_until(lambda: len(named()) >= len(before), f"another {name}", READY_WITHIN_S)
+
+
 @dataclass
 class Service:
-    """The service on a cluster of two nodes, each with a proxy on the same port."""
+    """The service on a cluster, each of whose nodes has a proxy on the same port."""
 
     nodes: Cluster
     driver: psutil.Popen
     url: str
 
-    def named(self, name: str) -> list[psutil.Process]:
-        return [one for node in self.nodes.nodes for one in node.named(name)]
-
-    def kill(self, name: str) -> None:
-        """The oldest process of that name, and wait until there are as many as before."""
-        before = self.named(name)
-        kill_all(before[:1])
-        wait_until(lambda: len(self.named(name)) >= len(before), f"another {name}", READY_WITHIN_S)
+    def processes(self) -> list[psutil.Process]:
+        return [one for node in self.nodes.nodes for one in node.family()]
 
     def update(self, **options) -> None:
         self.driver.stdin.write(json.dumps({"cpus": 0.5, "slots": 4, "ingresses": 2, **options}) + "\n")
@@ -139,63 +146,63 @@ class Service:
         assert self.driver.stdout.readline() == "updated\n"
 
 
-@contextmanager
-def serving(model_folder: Path, log: Path) -> Iterator[Service]:
+@pytest.fixture
+def on_nodes(model_folder, tmp_path, monkeypatch) -> Iterator[Service]:
+    for name, value in {"PYTHONPATH": str(CHECKOUT), **SERVING}.items():
+        monkeypatch.setenv(name, value)
+    log, port = tmp_path / "driver.log", free_port()
     with cluster(workers=2, cpus=2) as nodes, open(log, "wb") as errors:
-        port = free_port()
         words = [sys.executable, "-c", SERVE, f"127.0.0.1:{nodes.port}", str(CHECKOUT), str(model_folder), str(port)]
         driver = psutil.Popen(
             words, env=nodes.variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         )
         try:
             assert driver.stdout.readline() == "serving\n", log.read_text()
-            url = f"http://127.0.0.1:{port}"
-            made = Service(nodes, driver, url)
-            wait_until(lambda: len(made.named("ProxyActor")) >= 2, "two proxies", READY_WITHIN_S)
-            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, "the service", READY_WITHIN_S)
+            made = Service(nodes, driver, f"http://127.0.0.1:{port}")
+            proxies = lambda: [one for one in made.processes() if PROXY in title(one)]  # noqa: E731
+            wait_until(lambda: len(proxies()) >= 2, "two proxies", READY_WITHIN_S)
+            wait_until_ready(made.url)
             yield made
         finally:
             kill_all([driver])
 
 
-@pytest.fixture
-def service(model_folder, tmp_path, monkeypatch) -> Iterator[Service]:
-    for name, value in {"PYTHONPATH": str(CHECKOUT), **SERVING}.items():
-        monkeypatch.setenv(name, value)
-    with serving(model_folder, tmp_path / "driver.log") as made:
-        yield made
-
-
-def strike(service: Service, table: Callable, faults: dict[str, Callable[[], None]]) -> None:
+def strike(url: str, table: Callable, faults: dict[str, Callable[[], None]]) -> None:
     """Each fault in turn, under clients; no request is lost."""
-    with Clients(service.url).asking() as clients:
+    with Clients(url).asking() as clients:
         clients.more()
         for name, fault in faults.items():
             before, started = Counter(clients.outcomes), time.monotonic()
             fault()
             clients.more()
-            seen = dict(clients.outcomes - before)
-            table(OUTCOMES, [f"{name:16} {time.monotonic() - started:5.0f} s  {seen}"])
+            seconds, seen = time.monotonic() - started, dict(clients.outcomes - before)
+            table(OUTCOMES, [f"{name:16} {seconds:5.0f} s  {seen}"])
             assert clients.lost == {}, name
     assert clients.lost == {}
 
 
 @pytest.mark.slow
 def test_killed_processes_lose_nobody(service, table):
-    names = {"replica": REPLICA, "ingress": INGRESS, "proxy": "ProxyActor", "controller": "ServeController"}
-    strike(service, table, {what: lambda name=name: service.kill(name) for what, name in names.items()})
+    def killed(name: str) -> Callable[[], None]:
+        return lambda: kill_one(name, lambda: psutil.Process().children(recursive=True))
+
+    faults = {"replica": killed(REPLICA), "ingress": killed(INGRESS), "controller": killed(CONTROLLER)}
+    strike(service.removesuffix("/v1"), table, faults)
 
 
 @pytest.mark.soak
-def test_a_lost_node_an_update_and_fewer_replicas_lose_nobody(service, table):
+def test_a_lost_proxy_a_lost_node_an_update_and_fewer_replicas_lose_nobody(on_nodes, table):
+    """A proxy alone on its node is missed by all who know but that node: here another one answers on the same port."""
+
     def node() -> None:
-        service.nodes.nodes.pop().kill()
-        service.nodes.start_worker(2)
+        on_nodes.nodes.nodes.pop().kill()
+        on_nodes.nodes.start_worker(2)
 
     faults = {
-        "rolling update": lambda: service.update(replicas=2, max_requests=500),
-        "scale down": lambda: service.update(replicas=1, max_requests=500),
-        "scale up": lambda: service.update(replicas=2, max_requests=500),
+        "proxy": lambda: kill_one(PROXY, on_nodes.processes),
+        "rolling update": lambda: on_nodes.update(replicas=2, max_requests=500),
+        "scale down": lambda: on_nodes.update(replicas=1, max_requests=500),
+        "scale up": lambda: on_nodes.update(replicas=2, max_requests=500),
         "node": node,
     }
-    strike(service, table, faults)
+    strike(on_nodes.url, table, faults)
