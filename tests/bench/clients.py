@@ -122,8 +122,8 @@ def _read(body: bytes) -> tuple[str, str | None, str | None]:
         if "error" in event:
             error = json.dumps(event["error"])
         for choice in event.get("choices", ()):
-            text += choice["text"]
-            reason = choice["finish_reason"] or reason
+            text += choice.get("text") or ""
+            reason = choice.get("finish_reason") or reason
     return text, reason, error
 
 

@@ -233,7 +233,7 @@ class _Batching:
         self.requests = requests
         blocks = sum(-(-(len(one.prompt) + one.new_tokens) // page) for one in requests)
         self.batching = ContinuousBatchingConfig(
-            page_size=page, num_blocks=blocks + 8, max_batch_tokens=most, max_requests_per_batch=len(requests)
+            page_size=page, num_blocks=2 * blocks, max_batch_tokens=most, max_requests_per_batch=len(requests)
         )
         self.generation = GenerationConfig(do_sample=False, max_new_tokens=requests[0].new_tokens, eos_token_id=-1)
 

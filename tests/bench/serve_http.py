@@ -35,7 +35,7 @@ STARTS_WITHIN_S = 300.0
 ASKED, WARM_UP = 200, 8  # for their first tokens
 FIRST_TOKEN_MS = {"p50": 10.0, "p99": 30.0}  # added at most
 LEAST_ADDED_MS = 0.1  # below it nothing is told apart
-OVERLOAD, OVERLOADED_ROUNDS = 2.0, 8
+OVERLOAD, OVERLOADED_ROUNDS = 2.0, 16
 DEADLINE = 3.0  # times what a request takes at capacity
 # Threads of OpenMP that sleep while they wait, as ours do: of two cores, one is then free to pass tokens on.
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(CPUS)}
@@ -259,9 +259,9 @@ def _own(kind: str, model: Model, options: dict[str, float]) -> AbstractContextM
 
 
 def transformers(load: Load, attention: str, most: int, wait: str) -> Service:
-    """Its cache holds all requests at once; left alone, it takes most of the machine's memory."""
+    """Its cache holds all requests at once, twice; left alone, it takes most of the machine's memory."""
     longest = max(len(request.prompt) + request.new_tokens for request in load.all)
-    blocks = len(load.clients) * (-(-longest // PAGE) + 1)
+    blocks = 2 * len(load.clients) * -(-longest // PAGE)
 
     def service() -> AbstractContextManager[str]:
         port = free_port()

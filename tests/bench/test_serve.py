@@ -129,7 +129,9 @@ def answering(status: int, pieces: list[bytes]) -> Iterator[str]:
 
 
 def event(text: str, reason: str | None = None) -> bytes:
-    return b"data: " + json.dumps({"choices": [{"text": text, "finish_reason": reason}]}).encode() + b"\n\n"
+    """As some write it, what is null is left out."""
+    choice = {"text": text, **({"finish_reason": reason} if reason else {})}
+    return b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n"
 
 
 def test_a_stream_is_read_wherever_it_is_cut_into_pieces():

@@ -237,9 +237,11 @@ def as_vllm(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_started_as_a_child_answers_and_ends_with_its_adapter(model_folder, as_vllm):
+def test_a_replica_that_is_to_generate_by_vllm_starts_it_as_a_child_and_ends_it(model_folder, as_vllm):
+    from serve.engines import _generating
+
     async def main() -> None:
-        adapter = vllm.started(model_folder, Options(engine="vllm", slots=4))
+        adapter = _generating(str(model_folder), Options(engine="vllm", slots=4))
         await adapter.describe()
         (found,) = await answers(adapter, [(PROMPTS[0], GREEDY)])
         assert [token.id for token in found] == new_engine().generate([PROMPTS[0]], GREEDY)[0].ids
