@@ -22,6 +22,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import requests
 
 from cluster import mirror, objects
 from cluster.errors import HeadwaterError, Problem
@@ -36,6 +40,8 @@ CLOCK_S = 2.0
 SEEN_S = 5.0  # in which a file written on one node has to be seen on the others
 SLOW_GBIT = 1.0
 SAMPLE_BYTES = 64 << 20
+REACHED_S = 5.0
+WANDB_SERVER = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True)
@@ -263,7 +269,12 @@ def tested_versions() -> dict[str, str]:
 
 def local_findings() -> list[Finding]:
     """Ports, the token, and W&B, as they are here."""
-    return [_ports(), _token(), _wandb()]
+    return [_ports(), *driver_findings()]
+
+
+def driver_findings() -> list[Finding]:
+    """The token and W&B, as a driver on this machine meets them."""
+    return [_token(), _wandb()]
 
 
 def _ports() -> Finding:
@@ -299,12 +310,44 @@ def _token() -> Finding:
 
 
 def _wandb() -> Finding:
-    if os.environ.get("WANDB_API_KEY"):
-        return Finding("W&B", "ok", "a key is set: runs are sent")
-    return Finding("W&B", "ok", "no key: runs are kept in the run folder (wandb sync sends them later)")
+    """Whether runs can be sent, as a run decides it: with a key, unless the user says that they stay here."""
+    what, key, mode = "W&B", os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_MODE", "online")
+    if not key or mode != "online":
+        why = "no key" if not key else f"WANDB_MODE={mode}"
+        return Finding(what, "ok", f"{why}: runs are kept in the run folder (wandb sync sends them later)")
+    if not re.fullmatch(r"[\w-]{40,}", key):
+        remedy = "copy it again from your W&B settings, or unset WANDB_API_KEY"
+        return Finding(what, "warning", f"WANDB_API_KEY has {len(key)} characters and is no key", remedy)
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_SERVER))
+    port = server.port or (443 if server.scheme == "https" else 80)
+    if not getproxies().get(server.scheme) and (why := _unreachable(server.hostname or "", port)):
+        remedy = "let its port out (k8s/base/network.yaml does for 443), or set WANDB_MODE=offline and sync later"
+        return Finding(what, "warning", f"a key is set, and {server.hostname}:{port} is not reached: {why}", remedy)
+    return Finding(what, "ok", f"a key is set: runs are sent to {server.hostname}")
+
+
+def _unreachable(host: str, port: int) -> str:
+    try:
+        socket.create_connection((host, port), timeout=REACHED_S).close()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 # A cluster
+
+
+def jobs_api_finding(address: str) -> Finding:
+    """Whether the Jobs API at `address` answers who has no token: it runs code for whoever it answers."""
+    what = "Jobs API"
+    try:
+        answer = requests.get(f"{address}/api/jobs/", timeout=REACHED_S, allow_redirects=False)
+    except requests.RequestException as error:
+        return Finding(what, "failure", f"{address} does not answer: {error}", "check the address and the head's log")
+    if answer.status_code in (401, 403):
+        return Finding(what, "ok", f"{address} asks for a token")
+    remedy = "start every node with RAY_AUTH_MODE=token and a token (on Kubernetes authOptions.mode: token)"
+    return Finding(what, "failure", f"{address} answers {answer.status_code} without a token: it runs code", remedy)
 
 
 def cluster_findings(root: Path) -> tuple[list[Node], list[Finding]]:

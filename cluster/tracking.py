@@ -25,7 +25,7 @@ class Tracker:
     def _start(self, run: Run, folder: StageFolder, project: str, config: dict[str, Any]) -> None:
         import wandb
 
-        online = bool(os.environ.get("WANDB_API_KEY"))
+        online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
         self._wandb = wandb.init(
             project=project,
             group=run.name,

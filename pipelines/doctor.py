@@ -30,17 +30,20 @@ def findings_on_cluster(root: Path, address: str) -> list[Finding]:
 
     with ray_session(address, 0):
         nodes, findings = doctor.cluster_findings(root)
-    return [*doctor.judge(nodes, doctor.tested_versions()), *findings]
+    return [*doctor.judge(nodes, doctor.tested_versions()), *findings, *doctor.driver_findings()]
 
 
 def submit(root: Path, jobs: Jobs, as_json: bool) -> None:
-    """Examine the cluster from within, as a job, and print what it prints."""
+    """Examine the cluster from within, as a job, and print what it prints. PreflightRefused if it is open to all."""
+    api = doctor.jobs_api_finding(jobs.address)
     known = jobs.attempts("doctor")
     attempt = Attempt("doctor", "nodes", next_number(known, root / "none"), "PENDING")
     words = ["python", "-m", "pipelines", "doctor", "--address", "auto", "--runs", mirror.shown(root)]
     with packed_code() as folder:
         jobs.submit(attempt, [*words, *(["--json"] if as_json else [])], folder)
     follow(jobs, attempt)
+    if api.state != "ok":
+        raise PreflightRefused(Problem(f"{api.what}: {api.found}", api.remedy))
 
 
 def show(findings: list[Finding], as_json: bool) -> None:

@@ -30,7 +30,8 @@ STORE_BYTES = 120_000_000
 READY_S = 180.0  # a busy machine takes over a minute to import Ray three times
 LINK = "eth0"  # what a node calls its own end of its link
 ORPHANS_S = 30.0  # in which a process notices that its node is gone
-NOTHING: dict[str, object] = {"processes": [], "ports": [], "/dev/shm": set()}
+NOTHING: dict[str, object] = {"processes": [], "ports": [], "/dev/shm": set(), "temp folders": set()}
+OURS = ("ray", "hw-", "headwater-")  # how temp folders begin that Ray or we make
 
 
 @dataclass
@@ -74,7 +75,9 @@ class Cluster:
     dashboard_port: int = 0
     nodes: list[Node] = field(default_factory=list)
     started: int = 0
+    ports: list[int] = field(default_factory=list)  # of all nodes, those that are gone among them
     store_before: set[str] = field(default_factory=lambda: set(os.listdir("/dev/shm")))
+    temp_before: set[str] = field(default_factory=lambda: temp_folders())
     network: Network | None = None
     storage: Storage | None = None
     redis: Redis | None = None
@@ -114,15 +117,15 @@ class Cluster:
 
     def start_head(self) -> Node:
         """A head without CPUs for work. Started again, it takes the ports that it had."""
-        self.port = self.port or free_port()
-        self.dashboard_port = self.dashboard_port or free_port()
+        self.port = self.port or self._new_port()
+        self.dashboard_port = self.dashboard_port or self._new_port()
         (self.folder / "ray_current_cluster").unlink(missing_ok=True)  # a new machine knows of no cluster before it
         head = self._start(
             "--head",
             f"--port={self.port}",
             f"--dashboard-port={self.dashboard_port}",
             "--dashboard-host=127.0.0.1",
-            f"--ray-client-server-port={free_port()}",
+            f"--ray-client-server-port={self._new_port()}",
             f"--temp-dir={self.folder}",
             "--num-cpus=0",
             *([f"--redis-password={self.redis.password}"] if self.redis else []),
@@ -142,7 +145,7 @@ class Cluster:
             *(self._with_disk() if self.storage else []),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             *(f"--node-ip-address={place.ip if place else self.head_ip}", f"--object-store-memory={STORE_BYTES}"),
-            *(f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"),
+            *(f"--dashboard-agent-listen-port={self._new_port()}", f"--metrics-export-port={self._new_port()}"),
             *flags,
         ]
         link = {"GLOO_SOCKET_IFNAME": LINK} if place else {}
@@ -152,6 +155,10 @@ class Cluster:
         self.nodes.append(node)
         self._wait(lambda: "Ray runtime started" in log.read_text(errors="replace"), f"a node ({log})")
         return node
+
+    def _new_port(self) -> int:
+        self.ports.append(free_port())
+        return self.ports[-1]
 
     def _with_disk(self) -> list[str]:
         """Runs the words that follow where the cache is a folder that no other node sees there."""
@@ -176,12 +183,14 @@ class Cluster:
         """End every node by process id. AssertionError names what did not go with them."""
         for node in self.nodes:
             node.kill()
-        left = self._left_after(ORPHANS_S)
+        left: dict[str, object] = {"processes": self._left_after(ORPHANS_S)}
         kill_all(self.processes())
-        ports = [port for port in (self.port, self.dashboard_port) if port and reachable(port)]
+        left["ports"] = [port for port in self.ports if reachable(port) or reachable(port, self.head_ip)]
         shutil.rmtree(self.folder)
-        store = set(os.listdir("/dev/shm")) - self.store_before
-        assert {"processes": left, "ports": ports, "/dev/shm": store} == NOTHING
+        left["/dev/shm"] = set(os.listdir("/dev/shm")) - self.store_before
+        left["temp folders"] = temp_folders() - self.temp_before
+        if left != NOTHING:  # pytest explains the assertions of test modules alone
+            raise AssertionError(f"the cluster left {left}")
 
     def _left_after(self, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
@@ -296,6 +305,11 @@ def bridge() -> Iterator[Network]:
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+def temp_folders() -> set[str]:
+    """What lies in the folder for temporary things and bears the name of something of Ray's or of ours."""
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith(OURS)}
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -93,6 +95,68 @@ def test_the_token(tmp_path, monkeypatch, variables, mode, state):
     for name, value in {**variables, "RAY_AUTH_TOKEN_PATH": str(path)}.items():
         monkeypatch.setenv(name, value)
     assert doctor.local_findings()[1].state == state
+
+
+KEY = "0123456789abcdef" * 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "state", "said"),
+    [
+        ({}, "ok", "no key: runs are kept"),
+        ({"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "ok", "WANDB_MODE=offline: runs are kept"),
+        ({"WANDB_API_KEY": "my key"}, "warning", "6 characters and is no key"),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "warning", "127.0.0.1:9 is not reached"),
+    ],
+)
+def test_whether_runs_can_be_sent_to_wandb(monkeypatch, variables, state, said):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    finding = doctor.driver_findings()[1]
+    assert (finding.state, said in finding.found) == (state, True)
+    assert bool(finding.remedy) == (state != "ok")
+
+
+def test_a_wandb_server_that_is_reached(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        assert doctor.driver_findings()[1].found == "a key is set: runs are sent to 127.0.0.1"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A Jobs API that answers everyone, or nobody without a token."""
+
+    code = 200
+
+    def do_GET(self):
+        self.send_response(401 if self.code == 401 and "Authorization" not in self.headers else 200)
+        self.end_headers()
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.mark.parametrize(("code", "state"), [(401, "ok"), (200, "failure")])
+def test_a_jobs_api_that_answers_everyone_is_found(code, state):
+    server = HTTPServer(("127.0.0.1", 0), type("Answering", (Answers,), {"code": code}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        finding = doctor.jobs_api_finding(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert (finding.state, "RAY_AUTH_MODE=token" in finding.remedy) == (state, state == "failure")
+
+
+def test_a_jobs_api_that_does_not_answer_is_named():
+    finding = doctor.jobs_api_finding("http://127.0.0.1:9")
+    assert (finding.state, "127.0.0.1:9" in finding.found, bool(finding.remedy)) == ("failure", True, True)
 
 
 def test_object_storage_that_does_not_answer_is_named(monkeypatch, tmp_path):

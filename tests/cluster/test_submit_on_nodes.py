@@ -110,3 +110,4 @@ def test_the_doctor_examines_every_node(nodes, tmp_path):
     states = {one["what"]: one["state"] for one in json.loads(done.stdout[done.stdout.index("[\n") :])}
     assert [states[what] for what in ("versions", "clocks", "run root", "shared run root")] == ["ok"] * 4
     assert "bandwidth" in states
+    assert states["token"] == states["W&B"] == "ok"

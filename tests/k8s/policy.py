@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cluster.manifests import COMPONENT, LONGEST_OBJECT, RAY_KINDS, Document, cluster_of, pod_specs
+from cluster.manifests import COMPONENT, LONGEST_OBJECT, RAY_KINDS, Document, cluster_of
 from tests.k8s.manifests_of import kinds
 
 Rule = Callable[[list[Document]], Iterator[str]]
@@ -27,19 +27,36 @@ def rule(check: Rule) -> Rule:
 # What the rules look at
 
 
+def templates(holder: Any) -> Iterator[Document]:
+    """Every pod template in a document, wherever it stands and whatever makes pods of it; a pod is one itself."""
+    if isinstance(holder, dict):
+        if isinstance(holder.get("spec"), dict) and "containers" in holder["spec"]:
+            yield holder
+        for value in holder.values():
+            yield from templates(value)
+    elif isinstance(holder, list):
+        for value in holder:
+            yield from templates(value)
+
+
 def pods(documents: list[Document]) -> Iterator[tuple[str, Document]]:
     """Every pod, with a name to tell it by."""
-    for document in kinds(documents, *RAY_KINDS):
-        for spec in pod_specs(document):
-            yield f"{document['kind']} {document['metadata']['name']} {spec['containers'][0]['name']}", spec
-    for document in kinds(documents, "StatefulSet"):
-        yield f"StatefulSet {document['metadata']['name']}", document["spec"]["template"]["spec"]
+    for document in documents:
+        for template in templates(document):
+            first = template["spec"]["containers"][0]["name"]
+            yield f"{document['kind']} {document['metadata']['name']} {first}", template["spec"]
+
+
+def within(spec: Document) -> list[Document]:
+    """Every container of a pod: sidecars, and those that come before or are added later."""
+    names = ("initContainers", "containers", "ephemeralContainers")
+    return [container for name in names for container in spec.get(name, ())]
 
 
 def containers(documents: list[Document]) -> Iterator[tuple[str, Document]]:
     """Every container, the autoscalers' among them."""
     for name, spec in pods(documents):
-        for container in spec["containers"]:
+        for container in within(spec):
             yield f"{name}/{container['name']}", container
     for document in kinds(documents, *RAY_KINDS):
         if "autoscalerOptions" in cluster_of(document):
@@ -60,8 +77,32 @@ def environment(container: Document) -> dict[str, Document]:
     return {variable["name"]: variable for variable in container.get("env", ())}
 
 
-def ports(allowed: Document) -> set[int]:
-    return {port["port"] for port in allowed.get("ports", ())}
+def confinement(holder: Document) -> Document:
+    return holder.get("securityContext", {})
+
+
+def numbers(documents: list[Document]) -> dict[str, set[int]]:
+    """The ports of containers by their names."""
+    found: dict[str, set[int]] = {}
+    for _, container in containers(documents):
+        for port in container.get("ports", ()):
+            found.setdefault(port.get("name", ""), set()).add(port["containerPort"])
+    return found
+
+
+def opens(allowed: Document, wanted: set[int], documents: list[Document]) -> bool:
+    """Whether a rule of a NetworkPolicy lets one of these ports through, named, in a range, or as any port."""
+    for port in allowed.get("ports") or [{}]:
+        first = port.get("port")
+        if first is None or (isinstance(first, str) and wanted & numbers(documents).get(first, wanted)):
+            return True
+        if isinstance(first, int) and wanted & set(range(first, port.get("endPort", first) + 1)):
+            return True
+    return False
+
+
+def any_port(allowed: Document) -> bool:
+    return not allowed.get("ports") or any("port" not in port for port in allowed["ports"])
 
 
 # How pods are confined
@@ -70,11 +111,10 @@ def ports(allowed: Document) -> set[int]:
 @rule
 def pods_are_not_root(documents):
     for name, spec in pods(documents):
-        context = spec["securityContext"]
-        if not context.get("runAsNonRoot") or not context.get("runAsUser"):
+        if not confinement(spec).get("runAsNonRoot") or not confinement(spec).get("runAsUser"):
             yield name
     for name, container in containers(documents):
-        if not container["securityContext"].get("runAsNonRoot") or container["securityContext"].get("runAsUser") == 0:
+        if not confinement(container).get("runAsNonRoot") or confinement(container).get("runAsUser") == 0:
             yield name
 
 
@@ -87,7 +127,7 @@ def roots_are_read_only(documents):
 def privileges_do_not_grow(documents):
     yield from _without(documents, "allowPrivilegeEscalation", False)
     for name, container in containers(documents):
-        if container["securityContext"].get("privileged"):
+        if confinement(container).get("privileged"):
             yield name
 
 
@@ -100,13 +140,13 @@ def capabilities_are_dropped(documents):
 def seccomp_is_on(documents):
     yield from _without(documents, "seccompProfile", {"type": "RuntimeDefault"})
     for name, spec in pods(documents):
-        if spec["securityContext"].get("seccompProfile") != {"type": "RuntimeDefault"}:
+        if confinement(spec).get("seccompProfile") != {"type": "RuntimeDefault"}:
             yield name
 
 
 def _without(documents: list[Document], field: str, value: Any) -> Iterator[str]:
     for name, container in containers(documents):
-        if container["securityContext"].get(field) != value:
+        if confinement(container).get(field) != value:
             yield name
 
 
@@ -126,6 +166,8 @@ def nothing_of_the_node_is_shared(documents):
             yield name
         if any("hostPath" in volume for volume in spec.get("volumes", ())):
             yield name
+        if any("hostPort" in port for container in within(spec) for port in container.get("ports", ())):
+            yield name
 
 
 @rule
@@ -134,8 +176,10 @@ def written_to_is_scratch_of_a_stated_size_or_the_runs(documents):
         for volume in spec.get("volumes", ()):
             if "emptyDir" in volume and "sizeLimit" not in volume["emptyDir"]:
                 yield f"{name} {volume['name']}"
-            if set(volume) - {"name", "emptyDir", "projected", "persistentVolumeClaim", "configMap"}:
+            if set(volume) - {"name", "emptyDir", "projected", "persistentVolumeClaim", "configMap", "secret"}:
                 yield f"{name} {volume['name']}"
+            if "medium" in volume.get("emptyDir", {}):
+                yield f"{name} {volume['name']} counts as memory"
 
 
 @rule
@@ -144,8 +188,8 @@ def tokens_of_kubernetes_are_for_the_autoscaler_alone(documents):
         if spec.get("automountServiceAccountToken") is not False:
             yield name
         tokens = {volume["name"] for volume in spec.get("volumes", ()) if "projected" in volume}
-        for container in spec["containers"]:
-            if tokens & {mount["name"] for mount in container["volumeMounts"]}:
+        for container in within(spec):
+            if tokens & {mount["name"] for mount in container.get("volumeMounts", ())}:
                 yield f"{name}/{container['name']}"
     for account in kinds(documents, "ServiceAccount"):
         if account.get("automountServiceAccountToken") is not False:
@@ -195,7 +239,7 @@ def dashboard_jobs_and_client_stay_in_the_namespace(documents):
             outside = "from" not in allowed or any(
                 "namespaceSelector" in peer or "ipBlock" in peer for peer in allowed["from"]
             )
-            if outside and (not ports(allowed) or ports(allowed) & INSIDE):
+            if outside and opens(allowed, INSIDE, documents):
                 yield policy["metadata"]["name"]
 
 
@@ -205,11 +249,36 @@ def nothing_is_offered_outside_the_cluster(documents):
         if head["serviceType"] != "ClusterIP":
             yield name
     for document in documents:
-        if document["kind"] == "Ingress" or document["spec" if "spec" in document else "metadata"].get("type") in (
-            "LoadBalancer",
-            "NodePort",
-        ):
+        spec = document.get("spec", {})
+        if document["kind"] in ("Ingress", "Gateway", "HTTPRoute", "TCPRoute", "Route"):
             yield document["metadata"]["name"]
+        if document["kind"] == "Service" and (spec.get("type", "ClusterIP") != "ClusterIP" or "externalIPs" in spec):
+            yield document["metadata"]["name"]
+
+
+@rule
+def ports_that_are_named_exist(documents):
+    """A rule for a port that nobody has lets nothing through, and a service leads nowhere, without a word."""
+    known = set(numbers(documents))
+    for policy in kinds(documents, "NetworkPolicy"):
+        for allowed in (*policy["spec"].get("ingress", ()), *policy["spec"].get("egress", ())):
+            for port in allowed.get("ports", ()):
+                if isinstance(port.get("port"), str) and port["port"] not in known:
+                    yield policy["metadata"]["name"]
+    for service in kinds(documents, "Service"):
+        for port in service["spec"].get("ports", ()):
+            if port.get("targetPort", port["port"]) not in _ports_behind(service, documents):
+                yield service["metadata"]["name"]
+
+
+def _ports_behind(service: Document, documents: list[Document]) -> set[int | str]:
+    """Names and numbers of the ports of the pods that a service selects."""
+    wanted = service["spec"].get("selector", {}).items()
+    chosen = [template for template in templates(documents) if wanted <= template["metadata"]["labels"].items()]
+    found = [
+        port for template in chosen for container in within(template["spec"]) for port in container.get("ports", ())
+    ]
+    return {value for port in found for value in (port.get("name"), port["containerPort"]) if value}
 
 
 @rule
@@ -218,7 +287,7 @@ def ways_out_are_few_and_miss_the_clouds_credentials(documents):
         for allowed in policy["spec"].get("egress", ()):
             for peer in allowed.get("to", [{}]):
                 block = peer.get("ipBlock")
-                if not peer or (block and (not ports(allowed) or "169.254.0.0/16" not in block.get("except", ()))):
+                if not peer or (block and (any_port(allowed) or "169.254.0.0/16" not in block.get("except", ()))):
                     yield policy["metadata"]["name"]
 
 
@@ -331,7 +400,7 @@ def whoever_is_stopped_saves_first(documents):
     for name, spec in pods(documents):
         container = spec["containers"][0]
         hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
-        serves = any(port["name"] == "serve" for port in container.get("ports", ()))
+        serves = any(port.get("name") == "serve" for port in container.get("ports", ()))
         if container["name"] in ("ray-head", "ray-worker") and not serves:
             patience = spec["terminationGracePeriodSeconds"]
             if "cluster.leaving" not in hook or int(hook[-1]) >= patience:
@@ -349,12 +418,12 @@ def every_pod_of_a_job_sees_the_runs(documents):
     for name, spec in pods(documents):
         container = spec["containers"][0]
         run = environment(container).get("HEADWATER_RUN", {}).get("value", "")
-        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        mounts = {mount["name"]: mount for mount in container.get("volumeMounts", ())}
         if run.startswith("s3://") and ("runs" in mounts or claims):
             yield name
         if run.startswith("/") and not (run.startswith(mounts["runs"]["mountPath"]) and claims):
             yield name
-        serves = any(port["name"] == "serve" for port in container.get("ports", ()))
+        serves = any(port.get("name") == "serve" for port in container.get("ports", ()))
         if serves and not mounts.get("runs", {"readOnly": True}).get("readOnly"):
             yield name
 
@@ -367,6 +436,21 @@ def the_service_is_ready_when_a_model_answers(documents):
         config = yaml.safe_load(service["spec"]["serveConfigV2"])
         if container["readinessProbe"]["httpGet"] != {"path": "/readyz", "port": config["http_options"]["port"]}:
             yield service["metadata"]["name"]
+
+
+@rule
+def the_services_keys_are_a_secret_or_it_is_called_open(documents):
+    for service in kinds(documents, "RayService"):
+        (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+        keys, name = application["args"].get("keys"), service["metadata"]["name"]
+        if bool(keys) == bool(application["args"].get("insecure")):
+            yield name
+        for group in cluster_of(service)["workerGroupSpecs"] if keys else ():
+            spec = group["template"]["spec"]
+            secrets = {volume["name"] for volume in spec["volumes"] if "secret" in volume}
+            mounts = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["name"] in secrets]
+            if not any(keys.startswith(f"{mount['mountPath']}/") and mount.get("readOnly") for mount in mounts):
+                yield f"{name}: {keys} is of no Secret"
 
 
 @rule

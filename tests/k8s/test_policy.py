@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import yaml
 
-from cluster.manifests import COMPONENT, Document, cluster_of
+from cluster.manifests import COMPONENT, RAY_KINDS, Document, cluster_of
 from tests.k8s.manifests_of import EVERYTHING, documents_of, kinds
-from tests.k8s.policy import RULES, clusters, containers, environment, heads, pods
+from tests.k8s.policy import RULES, clusters, containers, environment, heads, pods, templates
 
 
 @pytest.mark.parametrize("source", EVERYTHING)
@@ -55,47 +58,124 @@ def budget(documents: list[Document]) -> Document:
     return first(documents, "PodDisruptionBudget")["spec"]
 
 
+# Containers and objects that somebody might add, and that the rules must not overlook.
+
+
+def added(documents: list[Document], where: str, **changes: Any) -> None:
+    """A container beside the first pod's, or before it: confined as that one, but for `changes`; None leaves out."""
+    spec = pod(documents)
+    made = {**copy.deepcopy(spec["containers"][0]), "name": "added", **changes}
+    kept = {name: value for name, value in made.items() if value is not None}
+    spec.setdefault(where, []).append(kept)
+
+
+def without(documents: list[Document], *names: str) -> Document:
+    """A container's confinement without these fields."""
+    return {name: value for name, value in container(documents)["securityContext"].items() if name not in names}
+
+
+def deployed(documents: list[Document], kind: str = "Deployment", **changes: Any) -> None:
+    """Something that makes pods and is not KubeRay's: a copy of the first pod, but for `changes`."""
+    spec = {**copy.deepcopy(pod(documents)), **changes}
+    labels = {"app.kubernetes.io/part-of": "headwater", COMPONENT: "foundation"}
+    template: Document = {"metadata": {"labels": labels}, "spec": spec}
+    template = {"jobTemplate": {"spec": {"template": template}}} if kind == "CronJob" else {"template": template}
+    metadata = {"name": "x", "namespace": "headwater", "labels": labels}
+    documents.append({"kind": kind, "metadata": metadata, "spec": template})
+
+
+def served(documents: list[Document], **port: Any) -> None:
+    """A service in front of the heads."""
+    spec = {"selector": {"app.kubernetes.io/part-of": "headwater"}, "ports": [{"port": 80, **port}]}
+    documents.append({"kind": "Service", "metadata": {"name": "x"}, "spec": spec})
+
+
+def let_in(documents: list[Document], *ports: Document) -> None:
+    """Everybody, to these ports of Ray's pods."""
+    block = {"ipBlock": {"cidr": "0.0.0.0/0"}}
+    policy(documents, "headwater-ray")["ingress"].append({"from": [block], "ports": list(ports)})
+
+
+def serving(documents: list[Document], **changes: Any) -> None:
+    """Other arguments of the service's application; None takes one away."""
+    spec = first(documents, "RayService")["spec"]
+    config = yaml.safe_load(spec["serveConfigV2"])
+    arguments = {**config["applications"][0]["args"], **changes}
+    config["applications"][0]["args"] = {name: value for name, value in arguments.items() if value is not None}
+    spec["serveConfigV2"] = yaml.safe_dump(config)
+
+
 Break = Callable[[list[Document]], object]
+NOTICED: set[tuple[str, int]] = set()
 BREAKS: dict[str, list[Break]] = {
     "pods_are_not_root": [
         lambda all: pod(all)["securityContext"].pop("runAsNonRoot"),
         lambda all: context(all).update(runAsUser=0),
+        lambda all: added(all, "initContainers", securityContext=None),
+        lambda all: added(all, "containers", securityContext=without(all, "runAsNonRoot")),
+        lambda all: deployed(all, securityContext={"runAsUser": 0}),
+        lambda all: deployed(all, "CronJob", securityContext={}),
     ],
-    "roots_are_read_only": [lambda all: context(all).update(readOnlyRootFilesystem=False)],
+    "roots_are_read_only": [
+        lambda all: context(all).update(readOnlyRootFilesystem=False),
+        lambda all: added(all, "containers", securityContext=without(all, "readOnlyRootFilesystem")),
+        lambda all: added(all, "initContainers", securityContext=without(all, "readOnlyRootFilesystem")),
+    ],
     "privileges_do_not_grow": [
         lambda all: context(all).pop("allowPrivilegeEscalation"),
         lambda all: context(all).update(privileged=True),
+        lambda all: added(all, "initContainers", securityContext={**without(all), "privileged": True}),
+        lambda all: added(all, "ephemeralContainers", securityContext=without(all, "allowPrivilegeEscalation")),
     ],
-    "capabilities_are_dropped": [lambda all: context(all).update(capabilities={"drop": ["ALL"], "add": ["NET_RAW"]})],
+    "capabilities_are_dropped": [
+        lambda all: context(all).update(capabilities={"drop": ["ALL"], "add": ["NET_RAW"]}),
+        lambda all: added(all, "initContainers", securityContext=without(all, "capabilities")),
+        lambda all: deployed(all, containers=[{"name": "bare"}]),
+    ],
     "seccomp_is_on": [
         lambda all: context(all).pop("seccompProfile"),
         lambda all: pod(all)["securityContext"].update(seccompProfile={"type": "Unconfined"}),
+        lambda all: added(all, "containers", securityContext=without(all, "seccompProfile")),
+        lambda all: deployed(all, "DaemonSet", securityContext={"runAsNonRoot": True, "runAsUser": 1000}),
     ],
     "resources_are_limited": [
         lambda all: container(all)["resources"]["limits"].pop("memory"),
         lambda all: cluster(all)["autoscalerOptions"].pop("resources"),
+        lambda all: added(all, "initContainers", resources=None),
+        lambda all: added(all, "containers", resources={"limits": {"cpu": "1"}}),
+        lambda all: deployed(all, "Job", containers=[{"name": "bare"}]),
     ],
     "nothing_of_the_node_is_shared": [
         lambda all: pod(all).update(hostNetwork=True),
         lambda all: pod(all)["volumes"].append({"name": "node", "hostPath": {"path": "/"}}),
+        lambda all: deployed(all, "DaemonSet", hostPID=True),
+        lambda all: added(all, "containers", ports=[{"containerPort": 80, "hostPort": 80}]),
     ],
     "written_to_is_scratch_of_a_stated_size_or_the_runs": [
         lambda all: pod(all)["volumes"].append({"name": "more", "emptyDir": {}}),
+        lambda all: pod(all)["volumes"].append({"name": "more", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}),
+        lambda all: deployed(all, volumes=[{"name": "more", "nfs": {"server": "x", "path": "/"}}]),
     ],
     "tokens_of_kubernetes_are_for_the_autoscaler_alone": [
         lambda all: pod(all).pop("automountServiceAccountToken"),
         lambda all: container(all)["volumeMounts"].append({"name": "kubernetes-token", "mountPath": "/token"}),
         lambda all: first(all, "ServiceAccount").pop("automountServiceAccountToken"),
+        lambda all: added(all, "initContainers", volumeMounts=[{"name": "kubernetes-token", "mountPath": "/token"}]),
+        lambda all: deployed(all, automountServiceAccountToken=True),
     ],
     "secrets_are_named_and_never_written_down": [
         lambda all: container(all)["env"].append({"name": "WANDB_API_KEY", "value": "x"}),
         lambda all: all.append({"kind": "Secret", "metadata": {"name": "x"}}),
+        lambda all: added(all, "initContainers", env=[{"name": "REDIS_PASSWORD", "value": "x"}]),
+        lambda all: deployed(all, containers=[{"name": "x", "env": [{"name": "AUTH_TOKEN", "value": "x"}]}]),
         lambda all: cluster(all).update(gcsFaultToleranceOptions={"redisPassword": {"value": "x"}}),
     ],
     "images_have_a_version_and_no_host": [
         lambda all: container(all).update(image="headwater"),
         lambda all: container(all).update(image="headwater:latest"),
         lambda all: container(all).update(image="images.example/headwater:0.1.0"),
+        lambda all: added(all, "initContainers", image="busybox"),
+        lambda all: deployed(all, containers=[{"name": "x", "image": "nginx:latest"}]),
     ],
     "the_network_denies_by_default": [
         lambda all: policy(all, "headwater-deny").update(policyTypes=["Ingress"]),
@@ -107,15 +187,28 @@ BREAKS: dict[str, list[Break]] = {
         lambda all: policy(all, "headwater-ray")["ingress"].append(
             {"from": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"port": 8265}]}
         ),
+        lambda all: let_in(all, {"port": "dashboard"}),
+        lambda all: let_in(all, {"port": 8000, "endPort": 9000}),
+        lambda all: let_in(all, {"protocol": "TCP"}),
+    ],
+    "ports_that_are_named_exist": [
+        lambda all: let_in(all, {"port": "dashbord"}),
+        lambda all: policy(all, "headwater-https")["egress"][0].update(ports=[{"port": "https"}]),
+        lambda all: served(all, targetPort="dashbord"),
+        lambda all: served(all),
     ],
     "nothing_is_offered_outside_the_cluster": [
         lambda all: head(all).update(serviceType="LoadBalancer"),
         lambda all: all.append({"kind": "Service", "metadata": {"name": "x"}, "spec": {"type": "NodePort"}}),
+        lambda all: all.append({"kind": "Service", "metadata": {"name": "x"}, "spec": {"externalIPs": ["192.0.2.1"]}}),
+        lambda all: all.append({"kind": "Ingress", "metadata": {"name": "x"}, "spec": {}}),
+        lambda all: all.append({"kind": "HTTPRoute", "metadata": {"name": "x"}, "spec": {}}),
     ],
     "ways_out_are_few_and_miss_the_clouds_credentials": [
         lambda all: policy(all, "headwater-https")["egress"].append({}),
         lambda all: policy(all, "headwater-https")["egress"][0]["to"][0]["ipBlock"].pop("except"),
         lambda all: policy(all, "headwater-https")["egress"][0].pop("ports"),
+        lambda all: policy(all, "headwater-https")["egress"][0].update(ports=[{"protocol": "TCP"}]),
     ],
     "every_call_to_ray_carries_a_token": [
         lambda all: cluster(all)["authOptions"].update(mode="disabled"),
@@ -179,6 +272,11 @@ BREAKS: dict[str, list[Break]] = {
             "readinessProbe"
         ]["httpGet"].update(path="/healthz"),
     ],
+    "the_services_keys_are_a_secret_or_it_is_called_open": [
+        lambda all: serving(all, insecure=None),
+        lambda all: serving(all, keys="/etc/headwater-keys/keys.json"),
+        lambda all: serving(all, keys="/runs/keys.json", insecure=None),
+    ],
     "names_leave_room_for_kuberays": [
         lambda all: first(all, "RayJob")["metadata"].update(name="x" * 48),
         lambda all: first(all, "RayJob")["metadata"].update(name="7b"),
@@ -203,6 +301,38 @@ def test_a_broken_rule_is_noticed(name, number):
     assert not list(RULES[name](documents))
     BREAKS[name][number](documents)
     assert list(RULES[name](documents))
+    NOTICED.add((name, number))
+
+
+def test_a_confined_addition_breaks_nothing():
+    """Each of the changes above is noticed for what it changes, not for being there."""
+    documents = documents_of("base")
+    added(documents, "initContainers")
+    added(documents, "containers")
+    deployed(documents)
+    deployed(documents, "CronJob")
+    served(documents, targetPort="dashboard")
+    documents[-1]["metadata"] |= {
+        "namespace": "headwater",
+        "labels": first(documents, "Namespace")["metadata"]["labels"],
+    }
+    unlike = {"names_leave_room_for_kuberays"}  # two objects are called x
+    assert not {name for name, check in RULES.items() if list(check(documents))} - unlike
+
+
+def test_what_was_checked_is_counted(table):
+    everything = [documents_of(source) for source in EVERYTHING]
+    counts = {
+        "sets of manifests": len(everything),
+        "documents": sum(map(len, everything)),
+        "of which KubeRay's": sum(len(kinds(documents, *RAY_KINDS)) for documents in everything),
+        "pods": sum(len(list(templates(documents))) for documents in everything),
+        "containers": sum(len(list(containers(documents))) for documents in everything),
+        "rules on each set": len(RULES),
+        "changes noticed": len(NOTICED),
+    }
+    assert all(counts.values())
+    table("manifests and rules checked", [f"{count:7,} {what}" for what, count in counts.items()])
 
 
 # What each overlay is for
