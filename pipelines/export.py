@@ -37,8 +37,9 @@ def export(
             _copy(model_folder, out, lineage)
     except ValueError as error:
         raise BadInput(Problem(str(error), "nothing was written; headwater export --help")) from error
-    answer = {"path": str(out), "form": form, "bytes": sum(path.stat().st_size for path in _files(out))}
-    print(json.dumps(answer) if as_json else f"{out}: {answer['bytes'] / 1e6:,.1f} MB")
+    size = sum(path.stat().st_size for path in _files(out))
+    answer = {"path": str(out), "form": form, "bytes": size}
+    print(json.dumps(answer) if as_json else f"{out}: {size / 1e6:,.1f} MB")
     return answer
 
 
