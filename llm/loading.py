@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Dtype = Literal["float32", "bfloat16", "int8"]
+
+
+# transformers replaces functions of its own while it reads a model, such as the one that ties weights. Two threads that
+# read at once leave the replacements behind, and from then on no model of the process is whole.
+_READING = threading.Lock()
 
 
 def load_model(folder: str | Path, dtype: Dtype | None = None) -> PreTrainedModel:
@@ -81,14 +87,15 @@ def read_weights(auto, folder: str | Path, dtype: str | torch.dtype) -> PreTrain
 
     logging.disable_progress_bar()  # it would be drawn into the text that a command prints
     try:
-        model, report = auto.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _READING:
+            model, report = auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except OSError as error:
         raise ValueError(f"no usable weights (model.safetensors) in {folder}: {error}") from error
     finally:

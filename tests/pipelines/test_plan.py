@@ -7,6 +7,7 @@ import pytest
 
 from cluster import plan as numbers
 from cluster.errors import BadInput
+from cluster.preflight import Place
 from llm.architectures import Ids
 from llm.presets import PRESETS
 from pipelines import __main__ as command
@@ -158,6 +159,7 @@ def test_a_cluster_that_is_up_is_compared_with_the_recipe(monkeypatch):
     monkeypatch.setattr(plan, "ray_session", lambda address, mb: nullcontext(False))
     there = {"CPU": 64.0, "GPU": 4.0, "accelerator_type:H100": 1.0}
     monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr(plan, "live_places", lambda: [Place("10.0.0.1", there)])
     found = plan.cluster_of(load_recipe("small-8gpu", ("cluster.address=head:6379",)))
     assert found is not None
     assert found["kinds"] == ["H100"]
