@@ -14,9 +14,10 @@ import re
 import resource
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_DEPTH = 64  # of a schema's nesting
 MAX_ERROR_CHARACTERS = 400
@@ -41,6 +42,8 @@ class GrammarError(ValueError):
 
 def load_tokenizer(settings: dict) -> LLTokenizer:
     """llguidance's tokenizer from `tokenizer` (a tokenizer.json's text), `vocab_size` and `end_ids`."""
+    from llguidance import LLTokenizer  # only whoever holds answers to grammars needs it
+
     try:
         return LLTokenizer(settings["tokenizer"], n_vocab=settings["vocab_size"], eos_token=settings["end_ids"])
     except ValueError as error:
@@ -49,6 +52,8 @@ def load_tokenizer(settings: dict) -> LLTokenizer:
 
 def compiled(tokenizer: LLTokenizer, kind: str, text: str) -> LLMatcher:
     """A matcher at the beginning of a grammar; GrammarError says what is wrong with it."""
+    from llguidance import LLMatcher, LLParserLimits
+
     matcher = LLMatcher(tokenizer, _source(kind, text), log_level=0, limits=LLParserLimits(**LIMITS))
     _raise_error(matcher, kind)
     allowed = int.from_bytes(matcher.compute_bitmask(), "little")
@@ -60,6 +65,8 @@ def compiled(tokenizer: LLTokenizer, kind: str, text: str) -> LLMatcher:
 
 def _source(kind: str, text: str) -> str:
     """The grammar in llguidance's own form."""
+    from llguidance import LLMatcher
+
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if kind == "lark":

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "int8"]
 
 
-# transformers replaces functions of its own while it reads a model, such as the one that ties weights. Two threads that
-# read at once leave the replacements behind, and from then on no model of the process is whole.
+# transformers replaces functions of its own while it reads a model, such as the one that ties weights. Two threads
+# that read at once leave the replacements behind, and from then on no model of the process is whole.
 _READING = threading.Lock()
 
 

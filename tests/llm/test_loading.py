@@ -36,7 +36,9 @@ def test_an_engine_generates_in_every_dtype_the_same_way_twice(folder, dtype):
     engine = load(folder, dtype=dtype, slots=2, context=64, prefill_tokens=8)
     assert (engine.slots, engine.context, engine.prefill_tokens) == (2, 64, 8)
     prompts = [list(range(40, 60)), list(range(70, 75))]
-    first, again = (engine.generate(prompts, GREEDY) for _ in range(2))
+    first = engine.generate(prompts, GREEDY)
+    engine.drop_prefixes()  # what was read in other pieces rounds otherwise
+    again = engine.generate(prompts, GREEDY)
     assert [answer.ids for answer in first] == [answer.ids for answer in again]
     assert all(len(answer.ids) == 16 or answer.finish_reason == "stop" for answer in first)
 

@@ -10,21 +10,22 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-import httpx
 import pytest
 import uvicorn
 from fastapi.responses import JSONResponse
+from ray import serve as ray_serve
 
 from llm.engine import Engine, Token
 from llm.grammar import Grammar
 from llm.sampling import SamplingParams
-from serve import vllm
+from serve import app, vllm
 from serve.backend import DeadlineExceeded, Overloaded, Request, Unavailable
+from serve.engines import Engines
 from serve.options import VLLM, Options
 from serve.replica import Replica
 from serve.vllm import Vllm
 from tests.models import save_tiny_model, tiny_model, tiny_tokenizer
-from tests.serve.conftest import ROOT, free_port, wait_until_ready
+from tests.serve.conftest import ROOT
 from tests.serve.vllm_protocol import Server, until
 
 PROMPTS = [[60, 61, 62], [90, 91], [70] * 30]
@@ -238,10 +239,10 @@ def as_vllm(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_a_replica_that_is_to_generate_by_vllm_starts_it_as_a_child_and_ends_it(model_folder, as_vllm):
-    from serve.engines import _generating
+    from serve.engines import _backend
 
     async def main() -> None:
-        adapter = _generating(str(model_folder), Options(engine="vllm", slots=4))
+        adapter = _backend(str(model_folder), Options(engine="vllm", slots=4))
         await adapter.describe()
         (found,) = await answers(adapter, [(PROMPTS[0], GREEDY)])
         assert [token.id for token in found] == new_engine().generate([PROMPTS[0]], GREEDY)[0].ids
@@ -252,20 +253,18 @@ def test_a_replica_that_is_to_generate_by_vllm_starts_it_as_a_child_and_ends_it(
 
 
 @pytest.mark.slow
-def test_one_setting_has_vllm_generate_behind_the_same_api(ray_cluster, model_folder, as_vllm):
-    from serve import app
-
+def test_one_setting_has_replicas_generate_by_vllm(service, model_folder, as_vllm):
     options = Options(engine="vllm", slots=4)
-    address = app.start({"tiny": model_folder}, port=free_port(), options=options)
-    try:
-        wait_until_ready(address.removesuffix("/v1"))
-        asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
-        said = httpx.post(f"{address}/completions", json=asked).json()
-        assert said["choices"][0]["text"] == new_engine().generate([PROMPTS[0]], GREEDY)[0].text
-        refused = httpx.post(f"{address}/embeddings", json={"model": "tiny", "input": "x"})
-        assert refused.status_code == 400
-    finally:
-        app.stop()
+    handle = ray_serve.run(app.engines("by-vllm", str(model_folder), options), name="by-vllm", route_prefix=None)
+
+    async def main() -> list[int]:
+        engines = Engines(handle, options)
+        await engines.describe()
+        (found,) = await answers(engines, [(PROMPTS[0], GREEDY)])
+        return [token.id for token in found]
+
+    assert asyncio.run(main()) == new_engine().generate([PROMPTS[0]], GREEDY)[0].ids
+    ray_serve.delete("by-vllm")
 
 
 def test_the_ids_that_end_an_answer_are_the_engines(tmp_path):
