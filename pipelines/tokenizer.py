@@ -243,7 +243,7 @@ def _sources(recipe: Recipe, verify: bool) -> dict[str, str]:
 
 STAGE = Stage(
     name="tokenizer",
-    version=2,
+    version=3,
     needs=("ingest",),
     artefacts=("tokenizer",),
     identity=lambda recipe: {**recipe.tokenizer.identity(), "held_out": recipe.held_out},

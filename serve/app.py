@@ -20,6 +20,7 @@ from cluster.errors import BadInput, Problem
 from cluster.runs import folder_at
 from serve.engines import EngineReplica, Engines
 from serve.guards import LOOPBACK_HOSTS, Guard, Guards
+from serve.keys import check_file
 from serve.options import VLLM, ApplicationArgs, Options
 from serve.routing import PrefixRouter
 from serve.scaling import Policy
@@ -47,7 +48,11 @@ class Ingress:
         self.folders = folders
         self.backends = [Engines(handle, options) for handle in engines]
         self.guards = Guards(
-            keys_file=options.keys, hosts=hosts, deadline_s=options.deadline_s, sends_request_id=False
+            keys_file=options.keys,
+            hosts=hosts,
+            deadline_s=options.deadline_s,
+            sends_request_id=False,
+            request_logger="ray.serve.requests",  # in the replica's own log, below Ray Serve's logger
         )
 
     def __serve_build_asgi_app__(self) -> Guard:
@@ -95,8 +100,6 @@ def engines(name: str, folder: str, options: Options) -> ray_serve.Application:
         max_queued_requests=options.max_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         max_constructor_retry_count=3,
-        # A new replica is ready before an old one of an update goes.
-        max_surge_percent=100,
         request_router_config=router,
         ray_actor_options={
             "num_cpus": options.cpus,
@@ -182,6 +185,8 @@ def start(
     options = options or Options()
     for folder in models.values():
         _check_model(Path(folder))
+    if options.keys is not None:
+        check_file(Path(options.keys))
     check_host(host, insecure or options.keys is not None)
     check_port(host, port)
     check_idle()

@@ -59,7 +59,7 @@ def test_a_service_answers_while_its_head_is_replaced(tmp_path):
         address = f"http://{network.places[0].ip}:{port}"
         wait_until(lambda: statuses(nodes) == ["RUNNING"] and answers(address), "the service", 120)
         before = replicas(nodes)
-        assert len(before) == 1
+        assert len(before) == 2, "the ingress and an engine"
 
         nodes.nodes.pop(0).kill()
         assert answers(address), "with no head there is"

@@ -45,8 +45,7 @@ def test_ray_serve_takes_the_configuration(source):
     (application,) = configuration(source).applications
     module, _, name = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), name)
-    if asked(source).keys is None:
-        assert isinstance(build(application.args), ray_serve.Application)
+    assert isinstance(build(application.args), ray_serve.Application)
 
 
 @pytest.mark.parametrize("source", EVERYTHING)
