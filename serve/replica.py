@@ -63,6 +63,8 @@ class Replica:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         # Embeddings are computed beside the tokens, or a long text would stop them.
         self._embedding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="embedding")
+        # A grammar is tried before it is used, which a stranger's can make take seconds.
+        self._trying = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
         self._pending: dict[str, _Pending] = {}  # by its id in the engine
         self._pace = _Pace()
         self._waits: deque[tuple[float, float]] = deque()  # when a first token came, and after how long
@@ -125,6 +127,7 @@ class Replica:
         engine = self.engine
         self._check_room(len(requests))
         self._check_deadline(requests, deadline_s)
+        await self._try_grammars(engine, requests)
         queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         index_of = {uuid.uuid4().hex: index for index in range(len(requests))}
         self._pending |= {key: _pending(queue, requests[index]) for key, index in index_of.items()}
@@ -171,6 +174,12 @@ class Replica:
             queued_tokens=sum(each.prompt + each.answer for each in pending),
             first_token_s=max(waits, default=0.0),
         )
+
+    async def _try_grammars(self, engine: Engine, requests: Sequence[Request]) -> None:
+        """So that the engine, when it gets them, remembers the verdict and others' tokens don't wait. ValueError."""
+        for prompt_ids, params in requests:
+            if params.grammar is not None:
+                await asyncio.get_running_loop().run_in_executor(self._trying, engine.check, prompt_ids, params)
 
     def _check_room(self, count: int) -> None:
         if len(self._pending) + count > self._max_requests:

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from llm.engine import Engine
+from llm.grammar import Grammar, Grammars
 from llm.sampling import SamplingParams
 from serve.backend import DeadlineExceeded, Overloaded, Unavailable
 from serve.replica import Replica
@@ -185,5 +186,28 @@ def test_what_could_not_be_in_time_is_turned_away():
         assert caught.value.retry_after_s > 0
         await anext(served.tokens([(PROMPTS[0], sampled(1, 200))], deadline_s=3600))
         await tokens.aclose()
+
+    asyncio.run(main())
+
+
+def test_others_get_their_tokens_while_a_grammar_is_tried(monkeypatch):
+    check, may_end = Grammars.check, threading.Event()
+
+    def slow(grammars: Grammars, grammar: Grammar) -> None:
+        may_end.wait()
+        check(grammars, grammar)
+
+    monkeypatch.setattr(Grammars, "check", slow)
+
+    async def main() -> None:
+        served = await ready_replica(new_engine())
+        held = SamplingParams(max_new_tokens=8, seed=1, grammar=Grammar("regex", "[ab]{1,6}"))
+        waiting = asyncio.create_task(collect(served, [(PROMPTS[0], held)]))
+        await asyncio.sleep(0)
+        assert await collect(served, [(PROMPTS[1], sampled(1))])
+        assert not waiting.done()
+        may_end.set()
+        (found,) = await waiting
+        assert found
 
     asyncio.run(main())
