@@ -32,6 +32,9 @@ NAME = "headwater"  # of the application, and of the deployment of its first mod
 INGRESS = "ingress"
 # Ray Serve's limits lie beyond ours, which refuse in OpenAI's words and let the health checks through.
 SPARE = 2
+# A head without CPUs for work is no place for an ingress, whose clients it would take with it when it goes. Engines
+# leave that much of what they may claim: there must be room next to one that claims a machine's only CPU.
+INGRESS_CPUS = 0.05
 METRICS_EVERY_S = 1.0
 LOOK_BACK_S = 5.0
 HEALTH_EVERY_S = 5.0
@@ -82,8 +85,7 @@ def build(
     deployment = Ingress.options(  # type: ignore[attr-defined]
         num_replicas=options.ingresses,
         max_ongoing_requests=SPARE * Guards().max_in_flight,
-        # Next to an engine that claims the machine's only CPU there must be room.
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _variables()}},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": {"env_vars": _variables()}},
         **_lifetime(options),
     )
     return deployment.bind(folders, replicas, options, hosts)
@@ -102,7 +104,7 @@ def engines(name: str, folder: str, options: Options) -> ray_serve.Application:
         max_constructor_retry_count=3,
         request_router_config=router,
         ray_actor_options={
-            "num_cpus": options.cpus,
+            "num_cpus": round(max(options.cpus - INGRESS_CPUS * options.ingresses, options.cpus / 2), 4),
             "num_gpus": options.gpus,
             "runtime_env": {"env_vars": _variables()},
         },
