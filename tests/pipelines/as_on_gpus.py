@@ -15,7 +15,8 @@ demand, train = training.demand, training.train
 
 
 def demand_without_gpus(*given: Any) -> Demand:
-    return replace(demand(*given), gpus=0.0)
+    asked = demand(*given)
+    return replace(asked, pieces=tuple(replace(piece, gpus=0.0) for piece in asked.pieces))
 
 
 def train_without_gpus(job: Any, *rest: Any) -> None:

@@ -355,7 +355,7 @@ def test_too_few_cpus_are_refused_before_anything_starts(before_pretrain):
     refused = resume(before_pretrain, "pretrain.cpus_per_worker=64", to="pretrain")
     assert refused.returncode == 3
     assert "pretrain needs 128.25 CPUs" in refused.stderr
-    assert "lower pretrain.workers or pretrain.cpus_per_worker" in refused.stderr
+    assert "lower pretrain.workers, pretrain.cpus_per_worker" in refused.stderr
     assert not (before_pretrain / "pretrain").exists()
 
 
