@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from cluster.local import forked_workers
 from cluster.preflight import Piece, starving_problems
 from cluster.progress import console, progress
 from cluster.runs import ask_to_stop
-from llm import guard, sequence, slices
+from llm import sequence, slices
 from llm.architectures import Ids
-from pipelines import checkpoints, failures, records
+from pipelines import failures, records, starts
 from pipelines.recipe import Recipe
 from pipelines.schema import TrainingSettings
 from pipelines.stage import Demand
-from pipelines.stream import STREAM, Dealt, RowStream
+from pipelines.stream import STREAM, Dealt
 from pipelines.worker import Job, work
 
 GROW_S = 30.0  # seconds between looks for room for more workers
@@ -143,7 +143,7 @@ def _trainer(job: Job):
             worker_runtime_env=_environment(settings),
         ),
         datasets={STREAM: None},
-        dataset_config=Dealt(lambda workers: _rest_of(job.among(workers)).dataset(settings.data_cpus)),
+        dataset_config=Dealt(partial(starts.dataset, job.stream, settings, job.folder)),
     )
     return _without_cleaner(trainer)
 
@@ -192,14 +192,6 @@ def _start_timeout(settings: TrainingSettings) -> Iterator[None]:
         yield
     finally:
         del os.environ[TIMEOUT_VARIABLE]
-
-
-def _rest_of(job: Job) -> RowStream:
-    """The stream from the batch on that the next step takes, to the last step's."""
-    begun, windows = checkpoints.begun(job.checkpoints), records.windows(records.left_out(job.folder))
-    assert begun is not None, "rank 0 says where it goes on before it asks for its rows"
-    first, last = (guard.batch_of(step, windows) for step in (begun.step, job.settings.steps - 1))
-    return replace(job.stream, first_step=first, last_step=last + 1)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from llm.checkpoint import Checkpoint
 from llm.parts import Share
 from llm.vocabulary import load_tokenizer
 from llm.watchdog import Watchdog
-from pipelines import checkpoints, failures, records
+from pipelines import checkpoints, failures, records, starts
 from pipelines.schema import TrainingSettings
 from pipelines.stream import STREAM, HeldOutRows, RowStream
 
@@ -98,7 +98,7 @@ class Job:
 class Origin(NamedTuple):
     """Where a start of the workers goes on: the same on every rank. `flush` makes rank 0's records safe."""
 
-    begun: checkpoints.Begun
+    begun: starts.Begun
     saved: Checkpoint | None
     flush: Callable[[], None]
 
@@ -466,8 +466,8 @@ def _taken_over(job: Job, files: ExitStack) -> Origin:
 def _chosen(job: Job, files: ExitStack) -> Origin:
     saved = checkpoints.newest(job.checkpoints)
     attempt = uuid.uuid4().hex[:8]
-    begun = checkpoints.Begun(attempt, saved.step, saved.path.name) if saved else checkpoints.Begun(attempt)
-    checkpoints.begin(job.checkpoints, begun)
+    begun = starts.Begun(attempt, saved.step, saved.path.name) if saved else starts.Begun(attempt)
+    starts.begin(job.checkpoints, begun)
     checkpoints.set_aside_damaged(job.checkpoints, saved)
     checkpoints.prune(job.checkpoints, job.settings.keep_checkpoints, job.settings.keep_best)
     flush = files.enter_context(records.followed(job.folder, begun.step))

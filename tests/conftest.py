@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -68,3 +69,16 @@ def before_pretrain(micro, tmp_path) -> Path:
     """A copy of that run in which pretraining has not begun."""
     shutil.copytree(micro, tmp_path / "micro", ignore=shutil.ignore_patterns("pretrain", "wandb", "*.log"))
     return tmp_path / "micro"
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """Ray in this process, of two CPUs."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, logging_level=logging.ERROR)
+        yield ray
+        ray.shutdown()

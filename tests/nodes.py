@@ -119,14 +119,12 @@ class Cluster:
         """A head without CPUs for work. Started again, it takes the ports that it had."""
         self.port = self.port or self._new_port()
         self.dashboard_port = self.dashboard_port or self._new_port()
-        (self.folder / "ray_current_cluster").unlink(missing_ok=True)  # a new machine knows of no cluster before it
         head = self._start(
             "--head",
             f"--port={self.port}",
             f"--dashboard-port={self.dashboard_port}",
             "--dashboard-host=127.0.0.1",
             f"--ray-client-server-port={self._new_port()}",
-            f"--temp-dir={self.folder}",
             "--num-cpus=0",
             *([f"--redis-password={self.redis.password}"] if self.redis else []),
         )
@@ -139,13 +137,14 @@ class Cluster:
 
     def _start(self, *flags: str, place: Place | None = None) -> Node:
         self.started += 1
-        log = self.folder / f"node-{self.started}.log"
+        log, temp = self.folder / f"node-{self.started}.log", self.folder / str(self.started)
         words = [
             *(["ip", "netns", "exec", place.namespace] if place else []),
             *(self._with_disk() if self.storage else []),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),
             *(f"--node-ip-address={place.ip if place else self.head_ip}", f"--object-store-memory={STORE_BYTES}"),
             *(f"--dashboard-agent-listen-port={self._new_port()}", f"--metrics-export-port={self._new_port()}"),
+            f"--temp-dir={temp}",
             *flags,
         ]
         link = {"GLOO_SOCKET_IFNAME": LINK} if place else {}

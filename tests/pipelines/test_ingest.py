@@ -41,18 +41,6 @@ WORDS = [f"word{letter}{other}" for letter in "abcdefghij" for other in "klmnopq
 PROGRAM = "def answer() -> int:\n    return 6 * 7\n"
 
 
-@pytest.fixture(scope="module")
-def ray():
-    import ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, logging_level=logging.ERROR)
-        yield ray
-        ray.shutdown()
-
-
 @pytest.fixture
 def here(monkeypatch):
     """Tasks run in this process."""

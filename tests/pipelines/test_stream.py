@@ -1,0 +1,25 @@
+"""How Ray Data works on the stream."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from pipelines.stream import _Pace
+
+
+@pytest.mark.slow
+def test_ray_data_may_have_a_task_for_every_worker_whatever_it_counts(ray):
+    limits = []
+
+    class Watched(ExecutionCallback):
+        def on_execution_step(self, executor) -> None:
+            limits.append(executor._resource_manager.get_global_limits())
+
+    rows = ray.data.range(8, override_num_blocks=2)
+    rows.context.custom_execution_callback_classes = [partial(_Pace, 7.0), Watched]
+    assert rows.take_all() == [{"id": number} for number in range(8)]
+    assert {one.cpu for one in limits} == {7.0}  # of two that there are
+    assert max(one.object_store_memory for one in limits) > 0
