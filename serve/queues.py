@@ -1,8 +1,10 @@
-"""Reading a queue of what generates: all that has come at once, the errors among it raised, an end at the deadline."""
+"""A queue of what generates, read: all that has come at once or one by one, errors raised, an end at the deadline."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TypeVar
 
 from serve.backend import DeadlineExceeded
@@ -23,6 +25,14 @@ async def all_of(queue: asyncio.Queue[Item | Exception]) -> list[Item]:
             queue.put_nowait(one)
             break
     return items
+
+
+async def one_by_one(batches: AsyncGenerator[list[Item], None]) -> AsyncGenerator[Item, None]:
+    """What the batches hold; they are closed with it."""
+    async with aclosing(batches):
+        async for batch in batches:
+            for item in batch:
+                yield item
 
 
 def alarm(queue: asyncio.Queue[Item | Exception], deadline_s: float | None) -> asyncio.TimerHandle | None:

@@ -8,14 +8,13 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from llm.engine import Engine, Token
 from llm.sampling import SamplingParams
 from serve.backend import Load, ModelInfo, Overloaded, Request, Unavailable
-from serve.queues import alarm, all_of
+from serve.queues import alarm, all_of, one_by_one
 
 MAX_REQUESTS = 512  # running and waiting; beyond it a client is told to come back
 LOOK_BACK_S = 10.0  # for how long a wait for a first token counts as one of late
@@ -108,17 +107,14 @@ class Replica:
             self.engine.check(prompt_ids, params)
         self._check_room(len(requests))
 
-    async def tokens(
+    def tokens(
         self, requests: Sequence[Request], *, deadline_s: float | None = None
     ) -> AsyncGenerator[tuple[int, Token], None]:
         """The tokens of all `requests` as they come, each with its request's index.
 
         A caller that goes away (closes the iterator, or is cancelled) frees the slots. Unavailable: the engine failed.
         """
-        async with aclosing(self.batches(requests, deadline_s=deadline_s)) as batches:
-            async for batch in batches:
-                for index, token in batch:
-                    yield index, token
+        return one_by_one(self.batches(requests, deadline_s=deadline_s))
 
     async def batches(
         self, requests: Sequence[Request], *, deadline_s: float | None = None

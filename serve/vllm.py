@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from llm.engine import FinishReason, Token
 from llm.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from serve.backend import Load, ModelInfo, Overloaded, Request, Unavailable, check_prompt
 from serve.options import VLLM, Options
-from serve.queues import alarm, all_of
+from serve.queues import alarm, all_of, one_by_one
 
 NAME = "model"  # the child's name for what it serves
 LOOK_EVERY_S = 1.0
@@ -96,7 +96,7 @@ class Vllm:
         if len(self._pending) + len(requests) > self._max_requests:
             raise Overloaded(f"{len(self._pending)} requests are running or waiting, the most is {self._max_requests}")
 
-    async def tokens(
+    def tokens(
         self, requests: Sequence[Request], *, deadline_s: float | None = None
     ) -> AsyncGenerator[tuple[int, Token], None]:
         """The tokens of all `requests` as they come, each with its request's index.
@@ -104,10 +104,7 @@ class Vllm:
         Closing it closes the connections, at which vLLM drops the requests. Of tokens that came together the last
         carries their text. ValueError if the server refuses one, Unavailable if it fails, DeadlineExceeded.
         """
-        async with aclosing(self.batches(requests, deadline_s=deadline_s)) as batches:
-            async for batch in batches:
-                for index, token in batch:
-                    yield index, token
+        return one_by_one(self.batches(requests, deadline_s=deadline_s))
 
     async def batches(
         self, requests: Sequence[Request], *, deadline_s: float | None = None
