@@ -38,14 +38,13 @@ def run(prog: str, figures: Mapping[str, Measure], arguments: list[str], path: P
     for name in chosen.figures or figures:
         try:
             for figure in figures[name](scale):
-                print(figure.line(), flush=True)
+                print(figure.line(), shown(figure), sep="\n", flush=True)
                 measured.append(figure)
         except (Invalid, memory.Failed) as error:
             invalid.append(name)
             print(f"BENCH {name} invalid: {error}", flush=True)
-    about = {"text": texts.described(), "scale": scale.size, "pairs": scale.pairs, "invalid": invalid}
-    report(measured, about, path)
-    print(shown(measured))
+        about = {"text": texts.described(), "scale": scale.size, "pairs": scale.pairs, "invalid": invalid}
+        report(measured, about, path)  # each time, for whoever ends it before all are measured
     return 1 if invalid else 0
 
 

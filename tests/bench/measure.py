@@ -99,9 +99,9 @@ def report(figures: list[Figure], about: dict[str, Any], path: Path) -> None:
     write_json(path, {"when": when, **where, **about, "figures": rows})
 
 
-def shown(figures: list[Figure]) -> str:
-    """The figures in full, for whoever wants the absolute ones."""
-    return "\n".join(f"  {figure.name}: {json.dumps(figure.detail)}" for figure in figures)
+def shown(figure: Figure) -> str:
+    """What the figure is made of, for whoever wants absolute numbers."""
+    return f"  {figure.name}: {json.dumps(figure.detail)}"
 
 
 def _pair(arms: tuple[Callable[[], Turn], Callable[[], Turn]], number: int) -> tuple[Turn, Turn]:
