@@ -2,9 +2,8 @@
 
 There each has a name of its own, step-00000120.3f2ab9c1: every rank sends its part, and rank 0 the manifest, last.
 
-    checkpoints/begun.json    which start of the workers is the last, and at which step it began
-
-What an earlier start sends after that, of a later step, counts no more: the records were cut back to that step.
+What an earlier start of the workers (`pipelines.starts`) sends after the last has begun, of a later step, counts no
+more: the records were cut back to that step.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cluster import mirror, objects
-from cluster.runs import read_json, write_json
 from llm import checkpoint, parts, zero
 from llm.checkpoint import Checkpoint
+from pipelines import starts
 
-BEGUN = "begun.json"
 PATIENCE = timedelta(minutes=30)  # how long a rank waits for another's part of a checkpoint
 
 log = logging.getLogger("headwater")
@@ -62,26 +60,6 @@ def fetched(path: Path) -> Checkpoint:
     manifest = _fetched(path)
     _drop(other for other in path.parent.glob("step-*") if other != path)
     return Checkpoint(path, manifest)
-
-
-class Begun(NamedTuple):
-    """A start of the workers: a word that no other start has, and where it goes on."""
-
-    attempt: str
-    step: int = 0
-    checkpoint: str | None = None  # its name; None where there is none yet
-
-
-def begin(folder: Path, begun: Begun) -> None:
-    """Make this start of the workers the one whose checkpoints count. On rank 0."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / BEGUN, begun._asdict())
-
-
-def begun(folder: Path) -> Begun | None:
-    """The last start of the workers; None if there was none."""
-    found = read_json(folder / BEGUN)
-    return Begun(**found) if found else None
 
 
 def store(folder: Path, attempt: str, flush: Callable[[], None]) -> checkpoint.OnDisk:
@@ -227,7 +205,7 @@ def prune(folder: Path, newest: int, best: int) -> None:
     """Remove all checkpoints but the newest and those of the lowest held-out loss, and what was left half-written."""
     kept = checkpoint.to_keep(_losses(folder, _names(folder)), newest, best)
     if mirror.key_of(folder) is not None:
-        for name in {name.partition("/")[0] for name in mirror.names(folder)} - kept - {BEGUN}:
+        for name in {name.partition("/")[0] for name in mirror.names(folder)} - kept - {starts.BEGUN}:
             mirror.delete(folder / name / "manifest.json")  # first: without it the others are nothing
             mirror.discard(folder / name)
     checkpoint.prune(folder, kept)
@@ -237,11 +215,11 @@ def _names(folder: Path) -> list[str]:
     """The checkpoints that count, damaged ones too."""
     if mirror.key_of(folder) is None:
         return [path.name for path in folder.glob("step-*")]
-    last = begun(folder)
+    last = starts.begun(folder)
     return [name for name in _whole(mirror.names(folder)) if last is None or _counts(name, last)]
 
 
-def _counts(name: str, last: Begun) -> bool:
+def _counts(name: str, last: starts.Begun) -> bool:
     step, _, attempt = name.removeprefix("step-").partition(".")
     return attempt == last.attempt or int(step) <= last.step
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,10 +22,11 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import DataIterator, Datasource, ExecutionOptions, ExecutionResources, ReadTask
+from ray.data import Datasource, ExecutionOptions, ExecutionResources, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.extensions import ArrowTensorArray
+from ray.train import DataConfig
 
 from cluster import mirror
 from llm.masking import Kind, Masking, Plan, empty, joined, load_masker, mask_rows
@@ -33,6 +34,7 @@ from llm.order import Mixture, batch_rows, spread
 from llm.packing import RowReader, split_rows
 from pipelines.schema import TrainingSettings
 
+STREAM = "train"  # its name among Ray Train's datasets
 REST_S = 0.05
 SINGLE_ROWS = 512  # held-out rows of which one token by itself is to be guessed, at most
 BLOCK_BYTES = 8 << 20  # of one worker's rows in one span: far below Ray Data's block size, which would be cut
@@ -137,15 +139,12 @@ class RowStream:
         masker = load_masker(mirror.here(Path(self.masking.tokenizer)) / "tokenizer.json")
         return mask_rows(tokens, plan, masker, self.masking.seed)
 
-    def shards(self, batches: tuple[int, int], cpus: float) -> list[DataIterator]:
-        """Each worker's rows of the batches [first, end), read by tasks that claim `cpus` each."""
-        source = _Blocks(replace(self, first_step=batches[0], last_step=batches[1]))
+    def dataset(self, cpus: float) -> ray.data.Dataset:
+        """The stream as a Ray dataset whose tasks claim `cpus` each."""
+        source = _Blocks(self)
         stream = ray.data.read_datasource(source, override_num_blocks=source.size, ray_remote_args={"num_cpus": cpus})
-        context = stream.context
-        context.execution_options = ExecutionOptions(preserve_order=True)
-        context.custom_execution_callback_classes = [partial(_Pace, cpus * self.workers)]
-        context.enable_progress_bars = context.print_on_execution_start = False
-        return stream.streaming_split(self.workers, equal=True)
+        stream.context.custom_execution_callback_classes = [partial(_Pace, cpus * self.workers)]
+        return stream
 
 
 @dataclass(frozen=True)
@@ -218,6 +217,21 @@ def _counts(rows: int, masking: Masking | None) -> dict[Kind, int]:
 
 def _column(values: np.ndarray) -> pa.Array:
     return ArrowTensorArray.from_numpy(values) if values.ndim > 1 else pa.array(values)
+
+
+class Dealt(DataConfig):
+    """Deals the stream out at each start of the workers, when it is known how many they are and where they begin.
+
+    Ray Train is given its name alone, in place of a dataset.
+    """
+
+    def __init__(self, made_for: Callable[[int], ray.data.Dataset]):
+        """made_for: makes the dataset for a number of workers. Called when rank 0 asks for its shard."""
+        super().__init__(execution_options=ExecutionOptions(preserve_order=True))
+        self._made_for = made_for
+
+    def configure(self, datasets, world_size, *args, **kwargs):
+        return super().configure({STREAM: self._made_for(world_size)}, world_size, *args, **kwargs)
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from cluster.progress import console, progress
 from cluster.runs import ask_to_stop
 from llm import sequence, slices
 from llm.architectures import Ids
-from pipelines import failures, records
+from pipelines import failures, records, starts
 from pipelines.recipe import Recipe
 from pipelines.schema import TrainingSettings
 from pipelines.stage import Demand
+from pipelines.stream import STREAM, Dealt
 from pipelines.worker import Job, work
 
 GROW_S = 30.0  # seconds between looks for room for more workers
@@ -124,7 +126,7 @@ def _explained(error: Exception, folder: Path) -> StageFailed:
 
 
 def _trainer(job: Job):
-    """The Ray Train trainer. Each (re)start of the workers deals the stream out anew (`pipelines.worker`)."""
+    """The Ray Train trainer. The stream is a function: each (re)start of the workers calls it anew."""
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
@@ -140,8 +142,10 @@ def _trainer(job: Job):
             failure_config=FailureConfig(max_failures=settings.max_failures),
             worker_runtime_env=_environment(settings),
         ),
+        datasets={STREAM: None},
+        dataset_config=Dealt(partial(starts.dataset, job.stream, settings, job.folder)),
     )
-    return _with_fewer_processes(trainer)
+    return _without_cleaner(trainer)
 
 
 def _environment(settings: TrainingSettings) -> dict[str, Any]:
@@ -151,16 +155,16 @@ def _environment(settings: TrainingSettings) -> dict[str, Any]:
     return {"env_vars": {"DS_ACCELERATOR": "cpu"}, **forked_workers(IMPORTED)}
 
 
-def _with_fewer_processes(trainer):
-    """Ray Train without two actors, each a process to start and to wait for while it wakes up: the one that frees what
-    a lost controller has reserved (our driver ends with it, and then Ray frees it), and the one that hands out
-    datasets, which rank 0 does.
+def _without_cleaner(trainer):
+    """Ray Train without the actor that frees what a lost controller has reserved: our driver ends with it, and then
+    Ray frees it. One process fewer to start, and to wait for while it wakes up.
     """
-    from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    unwanted, made = (PlacementGroupCleanerCallback, DatasetsCallback), trainer._create_default_callbacks
-    trainer._create_default_callbacks = lambda: [one for one in made() if not isinstance(one, unwanted)]
+    made = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [
+        one for one in made() if not isinstance(one, PlacementGroupCleanerCallback)
+    ]
     return trainer
 
 

@@ -29,8 +29,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from ray import cloudpickle
-from ray.data import DataIterator
 
 from cluster import mirror
 from cluster.progress import log_to
@@ -40,9 +38,9 @@ from llm.checkpoint import Checkpoint
 from llm.parts import Share
 from llm.vocabulary import load_tokenizer
 from llm.watchdog import Watchdog
-from pipelines import checkpoints, failures, records
+from pipelines import checkpoints, failures, records, starts
 from pipelines.schema import TrainingSettings
-from pipelines.stream import HeldOutRows, RowStream
+from pipelines.stream import STREAM, HeldOutRows, RowStream
 
 WRITER_WAIT_S = 60.0
 TELLING_S = 20.0
@@ -100,7 +98,7 @@ class Job:
 class Origin(NamedTuple):
     """Where a start of the workers goes on: the same on every rank. `flush` makes rank 0's records safe."""
 
-    begun: checkpoints.Begun
+    begun: starts.Begun
     saved: Checkpoint | None
     flush: Callable[[], None]
 
@@ -116,7 +114,8 @@ def work(job: Job) -> None:
         origin = _taken_over(job, files)
         if origin.begun.step >= job.settings.steps:
             return  # what ended the workers came after the last save
-        shard, share = _shard(job, origin.begun.step), job.settings.rows_per_worker
+        shard = ray.train.get_dataset_shard(STREAM)  # which begins where that says
+        share = job.settings.rows_per_worker
         batches = started(iter(shard.iter_batches(batch_size=share, batch_format="numpy", prefetch_batches=2)))
         trainer = Trainer.start(job, origin, files)
         log.info("rank %d of %d begins at step %d", rank, dist.get_world_size(), trainer.step)
@@ -134,17 +133,6 @@ def work(job: Job) -> None:
                 trainer.saver.settle()
                 ray.train.report({"step": trainer.step})  # Ray Train's own record of how far it is; a barrier
                 return
-
-
-def _shard(job: Job, step: int) -> DataIterator:
-    """This rank's rows, of `step` and all later ones. Collective: rank 0 has Ray Data deal them out."""
-
-    def dealt() -> bytes:
-        windows = records.windows(records.left_out(job.folder))
-        first, last = (guard.batch_of(at, windows) for at in (step, job.settings.steps - 1))
-        return cloudpickle.dumps(job.stream.shards((first, last + 1), job.settings.data_cpus))
-
-    return cloudpickle.loads(_shared(dealt))[dist.get_rank()]
 
 
 def started(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
@@ -478,8 +466,8 @@ def _taken_over(job: Job, files: ExitStack) -> Origin:
 def _chosen(job: Job, files: ExitStack) -> Origin:
     saved = checkpoints.newest(job.checkpoints)
     attempt = uuid.uuid4().hex[:8]
-    begun = checkpoints.Begun(attempt, saved.step, saved.path.name) if saved else checkpoints.Begun(attempt)
-    checkpoints.begin(job.checkpoints, begun)
+    begun = starts.Begun(attempt, saved.step, saved.path.name) if saved else starts.Begun(attempt)
+    starts.begin(job.checkpoints, begun)
     checkpoints.set_aside_damaged(job.checkpoints, saved)
     checkpoints.prune(job.checkpoints, job.settings.keep_checkpoints, job.settings.keep_best)
     flush = files.enter_context(records.followed(job.folder, begun.step))

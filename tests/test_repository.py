@@ -3,14 +3,18 @@
 import ast
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 
 from cluster.plan import GPUS, LOSS_PIECE
 from llm.flops import peak_flops
 from llm.losses import PIECE
+from pipelines import starts
 from pipelines.recipe import load_recipe, shipped
+from pipelines.stream import Dealt, RowStream
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ALLOWED = {
@@ -88,10 +92,14 @@ def test_data_stages_and_a_runs_tokenizer_need_no_torch(tmp_path):
     assert done.stdout == "False\n", done.stdout + done.stderr
 
 
-def test_what_deals_out_rows_needs_no_torch():
+def test_what_deals_out_rows_needs_no_torch(tmp_path):
     """It is loaded by Ray Data's tasks and by two of Ray Train's processes at each start of a training stage."""
-    script = "import sys; import pipelines.stream; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=CHECKOUT)
+    settings = load_recipe("micro").pretrain
+    dealt = Dealt(partial(starts.dataset, RowStream.of(tmp_path, 0, settings, seed=1), settings, tmp_path))
+    (tmp_path / "dealt").write_bytes(cloudpickle.dumps(dealt))
+    script = "import pickle, sys; pickle.load(open(sys.argv[1], 'rb')); print('torch' in sys.modules)"
+    line = [sys.executable, "-c", script, str(tmp_path / "dealt")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=CHECKOUT)
     assert done.stdout == "False\n", done.stdout + done.stderr
 
 

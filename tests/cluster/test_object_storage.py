@@ -20,8 +20,8 @@ from cluster.errors import BadInput, PreflightRefused, StageFailed
 from cluster.runs import Run, ask_to_stop, find_run, hash_folder, read_json, runs_root, stop_is_asked
 from llm import checkpoint
 from llm.zero import Fragment
-from pipelines import checkpoints, records
-from pipelines.checkpoints import Begun
+from pipelines import checkpoints, records, starts
+from pipelines.starts import Begun
 from tests.commands import CHECKOUT, headwater, wait_until
 from tests.s3 import BUCKET, Storage, storage
 
@@ -324,14 +324,14 @@ def test_what_an_earlier_start_publishes_late_counts_no_more(run):
     with records.followed(stage, 0):
         for step in range(10):
             records.append(stage / "ledger.jsonl", {"step": step, "rows": [step]})
-    checkpoints.begin(folder, Begun("anew", 5, older))  # by a start that found step 5 to be the newest,
+    starts.begin(folder, Begun("anew", 5, older))  # by a start that found step 5 to be the newest,
     with records.followed(stage, 5):  # took the records over, and died
         save(folder, 10, 2.0)  # what the earlier one, whose records were safe, had begun to send
     another_machine()
     assert checkpoints.newest(folder).step == len(records.read_lines(stage / "ledger.jsonl")) == 5
     checkpoints.prune(folder, newest=1, best=0)
     assert checkpoints.newest(folder).step == 5, "it takes no sound one's place"
-    checkpoints.begin(folder, Begun(f"{15:08x}", 5, older))
+    starts.begin(folder, Begun(f"{15:08x}", 5, older))
     save(folder, 15, 3.0)
     assert checkpoints.newest(folder).step == 15, "those of the last start count"
 

@@ -18,7 +18,7 @@ from cluster.errors import StageFailed, Stopped
 from llm import checkpoint, slices, zero
 from llm.clocks import Clock
 from llm.packing import IGNORED
-from pipelines import checkpoints, records, training, worker
+from pipelines import checkpoints, records, starts, training, worker
 from pipelines.schema import PretrainSettings
 from pipelines.worker import Batch, Trainer
 
@@ -260,7 +260,7 @@ def test_every_rank_takes_the_checkpoint_that_rank_0_chose_not_one_published_sin
         (tmp_path / f"checkpoints/step-{step:08d}/manifest.json").write_text(f'{{"step": {step}, "files": {{}}}}')
     monkeypatch.setattr("ray.train.torch.get_device", lambda: CPU)
     monkeypatch.setattr(worker.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(worker, "_shared", lambda known: checkpoints.Begun("word", 5, "step-00000005"))
+    monkeypatch.setattr(worker, "_shared", lambda known: starts.Begun("word", 5, "step-00000005"))
     job = SimpleNamespace(checkpoints=tmp_path / "checkpoints", folder=tmp_path)
     with ExitStack() as files:
         assert worker._taken_over(job, files).saved.step == 5
@@ -270,18 +270,18 @@ def test_rank_0_says_where_it_goes_on_before_the_stream_is_made(tmp_path):
     job = SimpleNamespace(checkpoints=tmp_path / "checkpoints", folder=tmp_path, settings=SETTINGS)
     with ExitStack() as files:
         origin = worker._chosen(job, files)
-    assert checkpoints.begun(job.checkpoints) == origin.begun
+    assert starts.begun(job.checkpoints) == origin.begun
     assert (origin.begun.step, origin.begun.checkpoint, origin.saved) == (0, None, None)
 
 
 def test_workers_that_were_ended_after_the_last_save_ask_for_no_more_rows(tmp_path, monkeypatch):
-    def asked(job, step: int):
+    def asked(name: str):
         raise AssertionError("there is no stream behind the last step")
 
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr("ray.train.get_context", lambda: context)
-    monkeypatch.setattr(worker, "_shard", asked)
-    begun = checkpoints.Begun("word", SETTINGS.steps, f"step-{SETTINGS.steps:08d}")
+    monkeypatch.setattr("ray.train.get_dataset_shard", asked)
+    begun = starts.Begun("word", SETTINGS.steps, f"step-{SETTINGS.steps:08d}")
     monkeypatch.setattr(worker, "_taken_over", lambda job, files: worker.Origin(begun, None, lambda: None))
     (tmp_path / "logs").mkdir()
     job = SimpleNamespace(folder=tmp_path, settings=SETTINGS, among=lambda workers: job)
