@@ -143,7 +143,8 @@ class RowStream:
         """The stream as a Ray dataset whose tasks claim `cpus` each."""
         source = _Blocks(self)
         stream = ray.data.read_datasource(source, override_num_blocks=source.size, ray_remote_args={"num_cpus": cpus})
-        stream.context.custom_execution_callback_classes = [partial(_Pace, cpus * self.workers)]
+        nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+        stream.context.custom_execution_callback_classes = [partial(_Pace, cpus * min(self.workers, nodes))]
         return stream
 
 
@@ -248,7 +249,8 @@ class _Pace(ExecutionCallback):
 
     Of what workers leave of each node it counts whole CPUs. Where that is half a one it saw none, on however many
     nodes, and read one block at a time, each in a process started for it: on 8 nodes training waited 13 s every 32
-    steps. So it may have a task for each worker at once; which node has room for one Ray still decides.
+    steps. So it may have a task on each node at once; which of them has room for one Ray still decides. Not more:
+    reading far ahead while two workers started on one machine held them up for 2 s.
     """
 
     def __init__(self, cpus: float):

@@ -11,7 +11,7 @@ from pipelines.stream import _Pace
 
 
 @pytest.mark.slow
-def test_ray_data_may_have_a_task_for_every_worker_whatever_it_counts(ray):
+def test_ray_data_may_have_as_many_tasks_as_we_say_whatever_it_counts(ray):
     limits = []
 
     class Watched(ExecutionCallback):
