@@ -12,14 +12,13 @@ from pipelines.stream import _Pace
 
 @pytest.mark.slow
 def test_ray_data_may_have_as_many_tasks_as_we_say_whatever_it_counts(ray):
-    limits = []
+    counted = []
 
     class Watched(ExecutionCallback):
         def on_execution_step(self, executor) -> None:
-            limits.append(executor._resource_manager.get_global_limits())
+            counted.append(executor._resource_manager._get_total_resources().cpu)
 
     rows = ray.data.range(8, override_num_blocks=2)
     rows.context.custom_execution_callback_classes = [partial(_Pace, 7.0), Watched]
     assert sorted(row["id"] for row in rows.take_all()) == [*range(8)]
-    assert {one.cpu for one in limits} == {7.0}  # of two that there are
-    assert max(one.object_store_memory for one in limits) > 0
+    assert set(counted) == {7.0}  # of two that there are
